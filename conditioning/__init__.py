@@ -1,0 +1,1 @@
+"""What steers the image: self-supervised encoders and the tokens they make."""

@@ -1,0 +1,1 @@
+"""What runs on a machine: training, sampling, the demo, the command line."""

@@ -1,0 +1,171 @@
+"""Training batches from pixel packs, as a function of (seed, step) alone.
+
+Sample n of a run is pack pi(n) under a permutation keyed by the epoch; its noise, its noise level,
+whether its condition is dropped and how it is turned are keyed by n. Ranks take slices of the
+global batch. So one rank with a batch of four and two ranks with two see the same thing, and so
+does a run that was resumed.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt16
+from torch import Tensor
+
+from conditioning.tokens import TokenScale, dihedral, to_condition
+from model.attention import Condition
+from model.objective import Draw
+from pipeline.embeddings import TokenLattice
+from pipeline.packfile import ABSENT, PackSet
+
+PREFETCHED = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of a global batch.
+
+    seeds: noise fields. uniform: position of the noise level in its range, in [0, 1).
+    """
+
+    draw: Draw
+    condition: Condition
+    seeds: Int64[Tensor, " b"]
+    uniform: Float[Tensor, " b"]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            self.draw.to(device),
+            self.condition.to(device),
+            self.seeds.to(device),
+            self.uniform.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pack, turned, still in numpy."""
+
+    lattice: UInt16[np.ndarray, "hl wl c"]
+    windows: UInt16[np.ndarray, "chains levels w w c"]
+    origins: Int64[np.ndarray, "chains levels 2"]
+    tokens: list[TokenLattice]
+
+
+def turn(sample: Sample, element: int, side_px: int) -> Sample:
+    """One of the eight symmetries of the square: bit 2 transposes, then bits 0 and 1 mirror y, x."""
+    lattice, windows, origins = sample.lattice, sample.windows, sample.origins
+    levels, window = windows.shape[1:3]
+    extent = side_px >> np.arange(levels)
+    if element & 4:
+        lattice = lattice.swapaxes(0, 1)
+        windows, origins = windows.swapaxes(2, 3), origins[..., ::-1]
+    origins = origins.copy()
+    if element & 1:
+        lattice, windows = lattice[::-1], windows[:, :, ::-1]
+        origins[..., 0] = extent - origins[..., 0] - window
+    if element & 2:
+        lattice, windows = lattice[:, ::-1], windows[:, :, :, ::-1]
+        origins[..., 1] = extent - origins[..., 1] - window
+    return Sample(lattice, windows, origins, dihedral(sample.tokens, element, side_px))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run.
+
+    batch: size of the global batch. condition_dropout: how often a condition is dropped, for
+    classifier-free guidance. augment: whether samples are turned and mirrored.
+    """
+
+    packs: PackSet
+    batch: int
+    seed: int
+    condition_dropout: float = 0.1
+    augment: bool = True
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if not self._pairs():
+            raise ValueError(f"{self.packs.path} has no regions in split {self.split!r}")
+
+    def _pairs(self) -> int:
+        regions = sum(entry.split == self.split for entry in self.packs.regions)
+        return regions * self.packs.settings.packs_per_region
+
+    def iterate(self, first_step: int, rank: int, world: int) -> Iterator[Batch]:
+        """Batches from `first_step` on, for ever, read ahead by a thread."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            steps = range(first_step, first_step + PREFETCHED)
+            waiting = [reader.submit(self.at, step, rank, world) for step in steps]
+            while True:
+                batch = waiting.pop(0).result()
+                first_step += 1
+                waiting.append(reader.submit(self.at, first_step + PREFETCHED - 1, rank, world))
+                yield batch
+
+    def at(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The slice of rank `rank` of `world` of the global batch of one step."""
+        share = self.batch // world
+        numbers = range(step * self.batch + rank * share, step * self.batch + (rank + 1) * share)
+        samples, seeds, uniform, keep = [], [], [], []
+        for number in numbers:
+            random = np.random.Generator(
+                np.random.Philox(np.random.SeedSequence((self.seed, 1, number)))
+            )
+            seeds.append(int(random.integers(2**62)))
+            # Stratified over the global batch: position j draws from the j-th part of the range.
+            uniform.append((number % self.batch + random.random()) / self.batch)
+            keep.append(bool(random.random() >= self.condition_dropout))
+            element = int(random.integers(8)) if self.augment else 0
+            samples.append(turn(self._sample(number), element, self.packs.settings.side_px))
+        statistics = self.packs.statistics
+        scale = TokenScale(
+            np.array(statistics.token_mean, np.float32), np.array(statistics.token_std, np.float32)
+        )
+        return Batch(
+            self._draw(samples),
+            to_condition([sample.tokens for sample in samples], scale, keep),
+            torch.tensor(seeds, dtype=torch.int64),
+            torch.tensor(uniform, dtype=torch.float32),
+        )
+
+    def _sample(self, number: int) -> Sample:
+        pairs = self._pairs()
+        order = _permutation(self.seed, number // pairs, pairs)
+        region, pack = divmod(int(order[number % pairs]), self.packs.settings.packs_per_region)
+        entry = [e for e in self.packs.regions if e.split == self.split][region]
+        settings = self.packs.settings
+        origins = settings.zoom().draw(
+            settings.side_px, settings.side_px, (settings.seed, entry.key, pack)
+        )
+        return Sample(
+            self.packs.lattice(entry),
+            self.packs.windows(entry, pack),
+            origins,
+            self.packs.tokens(entry),
+        )
+
+    def _draw(self, samples: list[Sample]) -> Draw:
+        lattice, lattice_present = self._standardise(np.stack([s.lattice for s in samples]))
+        windows, windows_present = self._standardise(np.stack([s.windows for s in samples]))
+        origins = torch.from_numpy(np.stack([s.origins for s in samples]))
+        return Draw(lattice, lattice_present, windows, windows_present, origins)
+
+    def _standardise(self, fixed: UInt16[np.ndarray, "*shape"]) -> tuple[Tensor, Tensor]:
+        statistics, scale = self.packs.statistics, self.packs.settings.value_scale
+        present = fixed[..., :1] != ABSENT
+        mean = np.array(statistics.mean, np.float32) * scale
+        std = np.array(statistics.std, np.float32) * scale
+        values = (fixed.astype(np.float32) - mean) / std * present
+        return torch.from_numpy(values), torch.from_numpy(present)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> Int64[np.ndarray, " n"]:
+    key = np.random.SeedSequence((seed, 0, epoch))
+    return np.random.Generator(np.random.Philox(key)).permutation(size)

@@ -1,0 +1,102 @@
+"""The DeepSpeed engine around the objective, on GPUs and on CPU alike.
+
+One process is one rank. Under the deepspeed launcher, torchrun or srun the rank's variables are
+set; started plainly, a process is rank 0 of 1. Collectives run on NCCL where there are GPUs and on
+gloo elsewhere; DeepSpeed's own shared-memory collectives for CPU are switched off, since they
+would have to be compiled first.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jobs.data import Batch
+from model.denoiser import PyramidDenoiser
+from model.noise import NoiseTree
+from model.objective import draw_noise, level_losses
+
+SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+class Objective(nn.Module):
+    """Losses of a batch at every level, as a module that DeepSpeed can wrap.
+
+    The log-SNR is uniform over the range in which every octave goes from drowned to clean.
+    """
+
+    def __init__(self, denoiser: PyramidDenoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
+        self.low, self.high = denoiser.octaves.log_snr_range()
+
+    def forward(self, batch: Batch) -> Float[Tensor, " levels"]:
+        noise = draw_noise(self.tree, batch.seeds, batch.draw)
+        log_snr = self.low + (self.high - self.low) * batch.uniform
+        return level_losses(self.denoiser, batch.draw, noise, log_snr, batch.condition)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is, of how many, and the device that it uses."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def join() -> Ranks:
+    """Join the other ranks, or be the only one."""
+    for name, slurm in SLURM_NAMES.items():
+        if name not in os.environ and slurm in os.environ and "SLURM_STEP_ID" in os.environ:
+            os.environ[name] = os.environ[slurm]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def build(
+    objective: Objective, *, learning_rate: float, batch: int, world: int, zero: int, bf16: bool
+) -> Any:
+    """The DeepSpeed engine: Adam as in Diff-infinity's code, gradients clipped to norm 1."""
+    optimizer = torch.optim.AdamW(
+        objective.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=objective,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": batch // world,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": zero},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": bf16},
+            "steps_per_print": 2**31,
+        },
+    )
+    return engine
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,99 @@
+"""From a denoiser and a condition to a whole image: the loop over steps, resumable at each.
+
+The fields of a trajectory are arrays in memory, or memory maps in a folder. After every step the
+folder's state is replaced, so that a killed painting goes on with the step that it was in; the
+noise, a function of place, needs no state.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.generate import ArrayField, Painter, Trajectory, advance, finish, start
+from model.noise import NoiseTree
+from model.solver import DDIM, DPMSolverPP2M, Solver, uniform_steps
+from pipeline import console
+
+SOLVERS: dict[str, type[DDIM] | type[DPMSolverPP2M]] = {"ddim": DDIM, "dpm++2m": DPMSolverPP2M}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a painting, given the denoiser and the condition.
+
+    height, width: cells of the field (pixels at scale 1). steps: evaluations of the denoiser;
+    guidance counts each twice. level: of the field's cells.
+    """
+
+    height: int
+    width: int
+    steps: int
+    seed: int
+    guidance: float
+    solver: str
+    level: int = 0
+
+    def make_solver(self) -> Solver:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r} does not exist; choose {', '.join(SOLVERS)}")
+        return SOLVERS[self.solver]()
+
+
+def paint(
+    painter: Painter,
+    recipe: Recipe,
+    work: Path | None = None,
+    report: Callable[[int, int], None] = lambda step, cells: None,
+) -> ArrayField:
+    """The painted field, standardised x0_hat.
+
+    Args:
+        work: folder of the trajectory's fields; None keeps them in memory.
+        report: called with the step (from 0) and the cells done, tile by tile.
+    """
+    solver = recipe.make_solver()
+    shape = (painter.denoiser.config.channels, recipe.height, recipe.width)
+    fields = [_field(work, name, shape) for name in ("u0", "u1")]
+    memory = _field(work, "estimate", shape) if solver.remembers else None
+    low, high = painter.denoiser.octaves.log_snr_range()
+    steps = uniform_steps(low, high, max(recipe.steps - 1, 1))
+    done = _done(work, recipe)
+    if done == 0:
+        tree = NoiseTree(painter.denoiser.octaves.noise, painter.denoiser.config.channels)
+        start(fields[0], tree, recipe.seed, low, level=recipe.level)
+    for number in range(done, recipe.steps):
+        state = Trajectory(fields[number % 2], fields[(number + 1) % 2], memory)
+        if number < len(steps) and recipe.steps > 1:
+            advance(painter, solver, steps[number], state, lambda n, k=number: report(k, n))
+        else:
+            finish(
+                painter, high if recipe.steps > 1 else low, state, lambda n, k=number: report(k, n)
+            )
+        _mark(work, recipe, number + 1)
+    return fields[recipe.steps % 2]
+
+
+def _field(work: Path | None, name: str, shape: tuple[int, int, int]) -> ArrayField:
+    if work is None:
+        return ArrayField(np.zeros(shape, np.float32))
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / f"{name}.f32"
+    mode = "r+" if file.is_file() and file.stat().st_size == 4 * int(np.prod(shape)) else "w+"
+    return ArrayField(np.memmap(file, np.float32, mode, shape=shape))
+
+
+def _done(work: Path | None, recipe: Recipe) -> int:
+    """Steps that an earlier process finished of the same recipe."""
+    file = None if work is None else work / "state.json"
+    if file is None or not file.is_file():
+        return 0
+    state = json.loads(file.read_text())
+    return int(state["done"]) if state["recipe"] == asdict(recipe) else 0
+
+
+def _mark(work: Path | None, recipe: Recipe, done: int) -> None:
+    if work is not None:
+        console.write_json_atomic(work / "state.json", {"recipe": asdict(recipe), "done": done})

@@ -1,0 +1,251 @@
+"""A training run on disk: what it resolved to, where it stands, and the weights it made.
+
+    run/config.json             resolved configuration and the commit it was made with
+    run/state.json              running, preempted, done or failed; step; owner; heartbeat
+    run/metrics.jsonl           one line every few steps
+    run/tensorboard/            the same as TensorBoard events
+    run/samples/                a small picture at every checkpoint
+    run/checkpoints/step-N/     weights.safetensors, ema.safetensors, deepspeed/
+
+Sampling reads config.json and safetensors only. A run has one owner: a process that finds another
+name in state.json has been superseded and stops before it writes.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from conditioning.tokens import TokenScale
+from model.config import PyramidConfig, config_from_dict
+from model.denoiser import PyramidDenoiser
+from model.noise import NoiseSpectrum
+from model.process import Octaves
+from pipeline import console
+from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
+
+CHECKPOINTS_KEPT = 2
+STALE_AFTER_S = 120.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run trains, and what sampling needs to know of it.
+
+    training: the options that change the trajectory of training (see `jobs.train`).
+    """
+
+    preset: str
+    denoiser: PyramidConfig
+    octaves: Octaves
+    packs: PackSettings
+    statistics: PackStatistics
+    training: dict[str, Any]
+
+    def token_scale(self) -> TokenScale:
+        return TokenScale(
+            np.array(self.statistics.token_mean, np.float32),
+            np.array(self.statistics.token_std, np.float32),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "RunConfig":
+        values = tuples_from_json(content)
+        octaves = values["octaves"]
+        return cls(
+            preset=values["preset"],
+            denoiser=config_from_dict(values["denoiser"]),
+            octaves=Octaves(
+                octaves["signal"], octaves["residual"], NoiseSpectrum(**octaves["noise"])
+            ),
+            packs=PackSettings(**values["packs"]),
+            statistics=PackStatistics(**values["statistics"]),
+            training=values["training"],
+        )
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. `checkpoint` is the folder to resume from; seconds of training so far."""
+
+    status: str
+    step: int
+    owner: str
+    heartbeat: float
+    seconds: float
+    checkpoint: str | None
+    restarts: int
+    job_id: str | None
+
+
+class SupersededError(RuntimeError):
+    """Another process owns this run now."""
+
+
+class Run:
+    """A run's folder. Ranks other than 0 only read it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time():.3f}"
+        self._events: SummaryWriter | None = None
+
+    def config(self) -> RunConfig:
+        """The resolved configuration; a `ValueError` where there is no run."""
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{self.path} is not a run; train one with python -m jobs.train")
+        return RunConfig.from_json(json.loads(file.read_text())["config"])
+
+    def state(self) -> RunState | None:
+        """The recorded state, None before the first."""
+        file = self.path / "state.json"
+        return RunState(**json.loads(file.read_text())) if file.is_file() else None
+
+    def claim(self, config: RunConfig) -> RunState:
+        """Become the owner of a new run, or of one with the same configuration."""
+        before = self.state()
+        if before is not None:
+            self._refuse_other(before, config)
+        else:
+            console.write_json_atomic(
+                self.path / "config.json", {"commit": commit(), "config": config.to_json()}
+            )
+        state = RunState(
+            status="running",
+            step=before.step if before else 0,
+            owner=self.owner,
+            heartbeat=time.time(),
+            seconds=before.seconds if before else 0.0,
+            checkpoint=before.checkpoint if before else None,
+            restarts=before.restarts + 1 if before else 0,
+            job_id=os.environ.get("SLURM_JOB_ID"),
+        )
+        self._write_state(state)
+        return state
+
+    def _refuse_other(self, before: RunState, config: RunConfig) -> None:
+        host, pid, _ = before.owner.split(":")
+        fresh = time.time() - before.heartbeat < STALE_AFTER_S
+        alive = host != socket.gethostname() or Path(f"/proc/{pid}").exists()
+        if before.status == "running" and fresh and alive and int(pid) != os.getpid():
+            raise ValueError(
+                f"{self.path} is being trained by process {pid} on {host}; "
+                "wait for it, stop it, or choose another --run"
+            )
+        recorded, wanted = self.config().to_json(), config.to_json()
+        for name in ("preset", "denoiser", "packs", "training"):
+            if recorded[name] != wanted[name]:
+                there, here = _first_difference(recorded[name], wanted[name])
+                raise ValueError(
+                    f"{self.path} was started with {name}: {there}, this command asks for "
+                    f"{here}; choose another --run or repeat the first command"
+                )
+
+    def update(self, **changes: Any) -> RunState:
+        """Change fields of the state, unless another process has taken the run over."""
+        state = self.state()
+        if state is None or state.owner != self.owner:
+            raise SupersededError(f"{self.path} now belongs to {state and state.owner}")
+        state = replace(state, heartbeat=time.time(), **changes)
+        self._write_state(state)
+        return state
+
+    def _write_state(self, state: RunState) -> None:
+        console.write_json_atomic(self.path / "state.json", asdict(state))
+
+    def checkpoint_folder(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def write_weights(self, step: int, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Write NAME.safetensors of a checkpoint."""
+        folder = self.checkpoint_folder(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name}.partial"
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary)
+        temporary.replace(folder / f"{name}.safetensors")
+
+    def read_weights(self, step: int, name: str) -> dict[str, Tensor]:
+        """Read NAME.safetensors of a checkpoint."""
+        return load_file(self.checkpoint_folder(step) / f"{name}.safetensors")
+
+    def drop_old_checkpoints(self) -> None:
+        """Keep the newest checkpoints that state.json knows of; sweep the rest."""
+        state = self.state()
+        if state is None or state.checkpoint is None:
+            return
+        folders = sorted(p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir())
+        known = [p for p in folders if p.name <= state.checkpoint]
+        for folder in {*folders} - {*known[-CHECKPOINTS_KEPT:]}:
+            shutil.rmtree(folder)
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def log_scalars(self, step: int, losses: Tensor) -> None:
+        """The losses as TensorBoard events."""
+        if self._events is None:
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        self._events.add_scalar("loss/sum", float(losses.sum()), step)
+        for level, value in enumerate(losses):
+            self._events.add_scalar(f"loss/level{level}", float(value), step)
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will repeat."""
+        file = self.path / "metrics.jsonl"
+        if file.is_file():
+            lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+            console.write_bytes_atomic(file, "".join(f"{line}\n" for line in lines).encode())
+
+    def load_denoiser(self, *, device: torch.device, weights: str = "ema") -> PyramidDenoiser:
+        """The denoiser of the newest checkpoint, ready to be evaluated."""
+        config, state = self.config(), self.state()
+        if state is None or state.checkpoint is None:
+            raise ValueError(f"{self.path} has no checkpoint yet; let python -m jobs.train run on")
+        denoiser = PyramidDenoiser(config.denoiser, config.octaves)
+        file = self.path / "checkpoints" / state.checkpoint / f"{weights}.safetensors"
+        denoiser.load_state_dict(load_file(file))
+        return denoiser.to(device).eval().requires_grad_(False)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the line that a kill cut short
+        return 2**62
+
+
+def _first_difference(a: Any, b: Any) -> tuple[str, str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            if a.get(key) != b.get(key):
+                return f"{key} = {a.get(key)!r}", f"{key} = {b.get(key)!r}"
+    return repr(a), repr(b)
+
+
+def commit() -> str:
+    """The commit of the working copy that runs, or "unknown" outside one."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"

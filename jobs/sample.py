@@ -1,0 +1,252 @@
+"""python -m jobs.sample: paint large images with a trained run, each after the tokens of a region.
+
+An image is painted tile by tile in fields on disk, written as OME-Zarr, then exported. A killed
+command goes on with the step it was in, and images that are done are kept.
+"""
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from conditioning.tokens import fit, from_store, to_condition
+from jobs.painting import SOLVERS, Recipe, paint
+from jobs.preview import to_pixels
+from jobs.run import Run, RunConfig
+from model.generate import ArrayField, Painter
+from pipeline import console
+from pipeline.export import export_image
+from pipeline.ome import OmeImage
+from pipeline.store import UNITS, Region, Store
+
+SUFFIXES = {"ome-tiff": ".ome.tif", "tiff": ".tif", "cog": ".cog.tif"}
+SCALES = {2.0**-level: level for level in range(4)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Paint images after the conditions of regions; the same command resumes."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    condition: Path
+    """The dataset store whose regions condition the images; embedded by the run's encoder."""
+    out: Path
+    """Folder of the images."""
+    region: tuple[int, ...] = ()
+    """Rows K of the store's region table; by default the first region that was not trained on."""
+    size: str = "region"
+    """Side in pixels, or HxW; by default the region's. A larger image continues its condition."""
+    scale: float = 1.0
+    """Resolution of the painted image over the training's: 1, 0.5, 0.25 or 0.125."""
+    steps: int = 20
+    """Evaluations of the denoiser; guidance evaluates twice in each."""
+    seed: int = 0
+    guidance: float = 1.5
+    """Classifier-free guidance; 1 is the condition alone, and twice as fast."""
+    solver: Literal["dpm++2m", "ddim"] = "dpm++2m"
+    tile: str = "auto"
+    """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
+    format: tuple[Literal["ome-tiff", "tiff", "cog", "zarr"], ...] = ("ome-tiff",)
+    """What to write beside the OME-Zarr image."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sample command, resolved: one recipe, several regions."""
+
+    config: RunConfig
+    regions: tuple[Region, ...]
+    recipe: Recipe
+    size_px: tuple[int, int]
+    tile: int
+    device: torch.device
+
+
+def make_plan(options: Sample, store: Store) -> Plan:
+    """Resolve the options against the run and the store."""
+    config = Run(options.run).config()
+    spec = store.spec
+    if (spec.unit, spec.spacing, spec.bands) != (
+        config.packs.unit,
+        config.packs.spacing,
+        config.packs.bands,
+    ):
+        raise ValueError(
+            f"{options.condition} holds {','.join(spec.bands)} at {spec.spacing:g} {spec.unit}, "
+            f"the run was trained on {','.join(config.packs.bands)} at "
+            f"{config.packs.spacing:g} {config.packs.unit}; ingest again to match"
+        )
+    if options.scale not in SCALES:
+        raise ValueError(f"--scale takes 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
+    regions = store.regions()
+    unknown = [k for k in options.region if not 0 <= k < len(regions)]
+    if unknown:
+        raise ValueError(
+            f"--region {unknown[0]} does not exist; {options.condition} has regions 0 to "
+            f"{len(regions) - 1}"
+        )
+    chosen = [regions[k] for k in options.region]
+    if not chosen:
+        chosen = [min(regions, key=lambda region: (region.split == "train", region.index))]
+    height, width = _size(options.size, chosen[0].side)
+    level, coarse = SCALES[options.scale], config.denoiser.coarse_px
+    device = torch.device(
+        options.device
+        if options.device != "auto"
+        else ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
+    recipe = Recipe(
+        -(-height // coarse) * coarse >> level,
+        -(-width // coarse) * coarse >> level,
+        options.steps,
+        options.seed,
+        options.guidance,
+        options.solver,
+        level,
+    )
+    if options.steps < 1:
+        raise ValueError(f"--steps takes a positive number, not {options.steps}")
+    tile = _tile(options.tile, device)
+    return Plan(config, tuple(chosen), recipe, (height, width), tile, device)
+
+
+def _size(text: str, side: int) -> tuple[int, int]:
+    if text == "region":
+        return side, side
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--size takes a side like 4096 or HxW like 4096x8192, not {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _tile(text: str, device: torch.device) -> int:
+    if text == "auto":
+        return 1024 if device.type == "cuda" else 256
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--tile takes auto or a side in pixels, not {text!r}")
+    return int(text)
+
+
+def sample(options: Sample) -> int:
+    """Run the command; returns its exit code."""
+    store = Store.open(options.condition)
+    plan = make_plan(options, store)
+    recipe, channels = plan.recipe, len(plan.config.packs.bands)
+    fields = 2 + SOLVERS[options.solver].remembers
+    work_bytes = 4 * fields * channels * recipe.height * recipe.width
+    console.say(
+        f"sample: {len(plan.regions)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
+        f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}, guidance "
+        f"{recipe.guidance:g}, tiles of {plan.tile} on {plan.device}; "
+        f"{work_bytes / 1e9:.2f} GB of work on disk"
+    )
+    if options.dry_run:
+        return console.EXIT_DONE
+    console.check_free_disk(options.out, 2 * work_bytes)
+    denoiser = Run(options.run).load_denoiser(device=plan.device)
+    cells = recipe.height * recipe.width
+    for region in plan.regions:
+        name = f"{region.image}_region{region.index}_seed{options.seed}"
+        if (options.out / f"{name}.json").is_file():
+            _check_same(options, plan, name)
+            console.say(f"sample: {name} is already done")
+            continue
+        started = time.monotonic()
+        lattices = fit(from_store(store, plan.config.packs, region), *plan.size_px)
+        condition = to_condition([lattices], plan.config.token_scale(), [True]).to(plan.device)
+        painter = Painter(
+            denoiser,
+            condition,
+            guidance=options.guidance,
+            tile=min(plan.tile, recipe.height, recipe.width),
+            base_level=recipe.level,
+        )
+        work = options.out / f".work-{name}"
+        with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
+            field = paint(painter, recipe, work, lambda step, n: count(step * cells, n))
+        _write_image(options, plan, region, field, options.out / f"{name}.zarr")
+        for kind in options.format:
+            if kind != "zarr":
+                export_image(
+                    options.out / f"{name}.zarr",
+                    options.out / f"{name}{SUFFIXES[kind]}",
+                    format=kind,
+                )
+        record = _record(options, plan, region, name)
+        record["seconds"] = round(time.monotonic() - started, 1)
+        record["peak_memory_gb"] = round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2
+        )
+        console.write_json_atomic(options.out / f"{name}.json", record)
+        shutil.rmtree(work)
+    console.say(f"sample: done, {options.out}")
+    return console.EXIT_DONE
+
+
+def _record(options: Sample, plan: Plan, region: Region, name: str) -> dict[str, object]:
+    return {
+        "image": f"{name}.zarr",
+        "formats": list(options.format),
+        "run": str(options.run),
+        "store": str(options.condition),
+        "region": asdict(region),
+        "recipe": asdict(plan.recipe),
+        "size_px": list(plan.size_px),
+    }
+
+
+def _check_same(options: Sample, plan: Plan, name: str) -> None:
+    there = json.loads((options.out / f"{name}.json").read_text())
+    if there["recipe"] != asdict(plan.recipe) or there["size_px"] != list(plan.size_px):
+        raise ValueError(
+            f"{options.out / name} was painted with {there['recipe']}, this command asks for "
+            f"{asdict(plan.recipe)}; choose another --out or --seed"
+        )
+
+
+def _write_image(
+    options: Sample, plan: Plan, region: Region, field: ArrayField, path: Path
+) -> None:
+    """The painted field as an OME-Zarr image of the store's dtype, shard by shard."""
+    packs, level = plan.config.packs, plan.recipe.level
+    height, width = (-(-extent >> level) for extent in plan.size_px)
+    image = OmeImage.create(
+        path,
+        (len(packs.bands), height, width),
+        packs.dtype,
+        packs.spacing * 2**level,
+        UNITS[packs.unit],
+        packs.bands,
+        {"gigabrush": {"painted": True, **_record(options, plan, region, path.stem)}},
+    )
+    limit = np.iinfo(packs.dtype).max
+    for key in image.shard_keys():
+        if image.has_shard(key):
+            continue
+        y, x, rows, columns = image.shard_box(key)
+        pixels = to_pixels(field.array[:, y : y + rows, x : x + columns], plan.config)
+        rounded = np.clip(np.rint(pixels), 0, limit).astype(packs.dtype)
+        image.write_shard(key, rounded.transpose(2, 0, 1))
+    image.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return console.run(Sample, sample, argv, prog="jobs.sample")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

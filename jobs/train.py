@@ -1,0 +1,289 @@
+"""python -m jobs.train: train a denoiser on pixel packs, on one device or many.
+
+The global batch is a function of (seed, step), so the number of ranks changes nothing but the
+speed, and a run resumes where its last checkpoint was. SIGTERM (a preempted job) saves first.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from jobs.data import Batch, Batches
+from jobs.engine import Objective, Ranks, build, join
+from jobs.preview import write_preview
+from jobs.run import Run, RunConfig, RunState
+from model.config import preset
+from model.denoiser import PyramidDenoiser
+from model.noise import NoiseSpectrum
+from model.process import Octaves
+from pipeline import console
+from pipeline.packfile import PackSet
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a denoiser on packs; the same command resumes.
+
+    Also under the launchers: deepspeed --no_local_rank --module jobs.train PACKS --run RUN, srun,
+    torchrun.
+    """
+
+    packs: Annotated[Path, tyro.conf.Positional]
+    """Folder of pixel packs."""
+    run: Path
+    """Folder of the run."""
+    preset: str = "brush"
+    """Size of the denoiser: brush (450M parameters), small, or tiny (two CPU cores)."""
+    steps: int = 100_000
+    """Steps of the whole run."""
+    max_minutes: float | None = None
+    """Stop after this much training time, resumptions included, even if steps are left."""
+    batch: int = 16
+    """Regions in one step, over all ranks."""
+    learning_rate: float = 1e-4
+    warmup: int = 200
+    """Steps over which the learning rate rises; it falls by a cosine to a tenth at the end."""
+    ema: float = 0.999
+    """Decay of the averaged weights that sampling uses; shorter at the start."""
+    condition_dropout: float = 0.1
+    """How often a condition is dropped, for guidance."""
+    augment: bool = True
+    """Turn and mirror regions."""
+    noise_floor: float = 0.005
+    """Least noise variance of an octave coarser than the lattice; 0 is white noise."""
+    zero: int = 0
+    """DeepSpeed ZeRO stage: 0, 1 or 2."""
+    precision: str = "auto"
+    """fp32 or bf16; auto is bf16 on a GPU."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 10
+    seed: int = 0
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+def make_config(options: Train, packs: PackSet) -> RunConfig:
+    """Resolve options and packs into what the run is."""
+    settings, statistics = packs.settings, packs.statistics
+    denoiser = preset(
+        options.preset,
+        channels=len(settings.bands),
+        token_dim=len(statistics.token_mean),
+    )
+    if denoiser.coarse_level != settings.coarse_level or settings.halo < denoiser.halo:
+        raise ValueError(
+            f"{packs.path} was packed with coarse level {settings.coarse_level} and halo "
+            f"{settings.halo}, preset {options.preset} needs {denoiser.coarse_level} and "
+            f"{denoiser.halo}; pack again with --coarse-level and --halo"
+        )
+    noise = NoiseSpectrum(
+        top_level=len(statistics.signal) - 1,
+        coarse_level=settings.coarse_level,
+        floor=options.noise_floor,
+    )
+    free = {"packs", "run", "max_minutes", "save_every", "log_every", "dry_run", "zero"}
+    training = {k: v for k, v in asdict(options).items() if k not in free}
+    octaves = Octaves(statistics.signal, statistics.residual, noise)
+    return RunConfig(options.preset, denoiser, octaves, settings, statistics, training)
+
+
+def train(options: Train) -> int:
+    """Run the command; returns its exit code."""
+    if options.zero not in (0, 1, 2) or options.precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(
+            f"--zero takes 0, 1 or 2 and --precision auto, fp32 or bf16, "
+            f"not {options.zero} and {options.precision!r}"
+        )
+    packs = PackSet.open(options.packs)
+    config = make_config(options, packs)
+    torch.manual_seed(options.seed)
+    denoiser = PyramidDenoiser(config.denoiser, config.octaves)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    batches = Batches(
+        packs, options.batch, options.seed, options.condition_dropout, options.augment
+    )
+    low, high = config.octaves.log_snr_range()
+    plan = (
+        f"train: preset {options.preset}, {parameters / 1e6:.1f}M parameters, {options.steps} "
+        f"steps of {options.batch} regions, log-SNR {low:.1f} to {high:.1f}"
+        + (f", at most {options.max_minutes:g} minutes" if options.max_minutes else "")
+    )
+    if options.dry_run:
+        console.say(plan)
+        return console.EXIT_DONE
+    run = Run(options.run)
+    before = run.state()
+    ranks = join()
+    if options.batch % ranks.world:
+        raise ValueError(
+            f"a batch of {options.batch} does not divide among {ranks.world} ranks; "
+            f"ask for --batch {-(-options.batch // ranks.world) * ranks.world}"
+        )
+    if ranks.rank == 0:
+        state = run.claim(config)
+        if before is not None and before.status == "done":
+            run.update(status="done")
+            console.say(f"train: {options.run} is already done")
+        else:
+            console.check_free_disk(options.run, 40 * parameters)
+            console.say(plan)
+    torch.distributed.barrier()
+    if before is not None and before.status == "done":
+        return console.EXIT_DONE
+    trainer = Trainer(options, denoiser, ranks, run, packs)
+    try:
+        trainer.loop(batches, before)
+    except BaseException:
+        if ranks.rank == 0 and (state := run.state()) is not None and state.owner == run.owner:
+            run.update(status="failed")
+        raise
+    return console.EXIT_DONE
+
+
+class Trainer:
+    """The loop: batch, loss, step, average, log, checkpoint."""
+
+    def __init__(
+        self,
+        options: Train,
+        denoiser: PyramidDenoiser,
+        ranks: Ranks,
+        run: Run,
+        packs: PackSet,
+    ) -> None:
+        self.options, self.ranks, self.run, self.packs = options, ranks, run, packs
+        cuda = ranks.device.type == "cuda"
+        bf16 = options.precision == "bf16" or (options.precision == "auto" and cuda)
+        self.objective = Objective(denoiser)
+        self.ema = {name: p.detach().clone().float() for name, p in denoiser.named_parameters()}
+        self.engine = build(
+            self.objective,
+            learning_rate=options.learning_rate,
+            batch=options.batch,
+            world=ranks.world,
+            zero=options.zero,
+            bf16=bf16,
+        )
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.ema = {name: value.to(ranks.device) for name, value in self.ema.items()}
+        self.stopping = False
+
+    def loop(self, batches: Batches, before: RunState | None) -> None:
+        """Train from the last checkpoint to the end, the time limit or SIGTERM."""
+        options, first = self.options, 0
+        if before is not None and before.checkpoint is not None:
+            first = self._resume(before)
+        seconds_before = before.seconds if before is not None and first else 0.0
+        signal.signal(signal.SIGTERM, self._stop)
+        started = time.monotonic()
+        source = batches.iterate(first, self.ranks.rank, self.ranks.world)
+        step, status = first, "done"
+        for step in console.progress(
+            range(first + 1, options.steps + 1), total=options.steps - first, desc="train"
+        ):
+            batch = next(source).to(self.ranks.device)
+            losses = self._step(step, seconds_before + time.monotonic() - started, batch)
+            seconds = seconds_before + time.monotonic() - started
+            if step % options.log_every == 0 or step == 1:
+                self._log(step, losses, seconds)
+            if self._agreed(self.stopping):
+                status = "preempted"
+                break
+            if options.max_minutes is not None and self._agreed(
+                seconds >= 60 * options.max_minutes
+            ):
+                break
+            if step % options.save_every == 0 and step < options.steps:
+                self._save(step, seconds, "running")
+        source.close()
+        self._save(step, seconds_before + time.monotonic() - started, status)
+        if self.ranks.rank == 0:
+            console.say(f"train: {status} at step {step}; {self.run.path}")
+
+    def _step(self, step: int, seconds: float, batch: Batch) -> Tensor:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self._learning_rate(step, seconds)
+        with torch.autocast(self.ranks.device.type, self.dtype, self.dtype == torch.bfloat16):
+            losses = self.engine(batch)
+        self.engine.backward(losses.sum())
+        self.engine.step()
+        decay = min(self.options.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, parameter in self.objective.denoiser.named_parameters():
+                self.ema[name].lerp_(parameter.float(), 1 - decay)
+        return losses.detach()
+
+    def _learning_rate(self, step: int, seconds: float) -> float:
+        """Linear rise, cosine fall; a time limit ends the fall as the number of steps does."""
+        done = step / self.options.steps
+        if self.options.max_minutes is not None:
+            done = max(done, min(seconds / (60 * self.options.max_minutes), 1.0))
+        rise = min(step / max(self.options.warmup, 1), 1.0)
+        return self.options.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * done))
+
+    def _agreed(self, mine: bool) -> bool:
+        """Whether any rank says so; all ranks get the same answer."""
+        if self.ranks.world == 1:
+            return mine
+        flag = torch.tensor(float(mine), device=self.ranks.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _stop(self, *_: Any) -> None:
+        self.stopping = True
+
+    def _log(self, step: int, losses: Tensor, seconds: float) -> None:
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(losses, op=torch.distributed.ReduceOp.SUM)
+            losses = losses / self.ranks.world
+        if self.ranks.rank:
+            return
+        self.run.append_metrics(
+            {
+                "step": step,
+                "loss": float(losses.sum()),
+                "level_losses": [round(float(value), 5) for value in losses],
+                "learning_rate": self._learning_rate(step, seconds),
+                "seconds": round(seconds, 2),
+            }
+        )
+        self.run.log_scalars(step, losses)
+
+    def _save(self, step: int, seconds: float, status: str) -> None:
+        folder = self.run.checkpoint_folder(step)
+        self.engine.save_checkpoint(str(folder / "deepspeed"), tag="state")
+        if self.ranks.rank == 0:
+            weights = dict(self.objective.denoiser.named_parameters())
+            self.run.write_weights(step, "weights", weights)
+            self.run.write_weights(step, "ema", self.ema)
+            self.run.update(status=status, step=step, seconds=seconds, checkpoint=folder.name)
+            self.run.drop_old_checkpoints()
+            write_preview(self.run, self.packs, step)
+        torch.distributed.barrier()
+
+    def _resume(self, before: RunState) -> int:
+        folder = self.run.path / "checkpoints" / str(before.checkpoint)
+        self.engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
+        ema = self.run.read_weights(before.step, "ema")
+        self.ema = {name: value.to(self.ranks.device) for name, value in ema.items()}
+        if self.ranks.rank == 0:
+            self.run.forget_metrics_after(before.step)
+            console.say(f"train: resuming at step {before.step}")
+        return before.step
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return console.run(Train, train, argv, prog="jobs.train")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""The training objective on a draw of cells.
+
+A draw holds exact area means of u_0 at the coarse lattice and in nested windows. Noise is evaluated at the same cells,
+and only there: along a chain each window's noise refines that of the window above it, one Philox call a parent. The loss
+is the sum over levels of the mean squared error of F (see `process`), over cells that exist and have all their
+neighbours; at the lattice every cell does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from model.attention import Condition
+from model.denoiser import Layer, PyramidDenoiser, crop
+from model.lattice import Box
+from model.noise import NoiseTree
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Standardised area means of a batch of images at the cells of a `zoom` draw, zero where absent.
+
+    windows[:, :, l] and origins[:, :, l] belong to level l, 0 <= l < coarse level; origins are (y, x) in cells of it.
+    """
+
+    lattice: Float[Tensor, "b hl wl c"]
+    lattice_present: Bool[Tensor, "b hl wl 1"]
+    windows: Float[Tensor, "b chains levels w w c"]
+    windows_present: Bool[Tensor, "b chains levels w w 1"]
+    origins: Int64[Tensor, "b chains levels 2"]
+
+    def to(self, device: torch.device) -> "Draw":
+        return Draw(
+            self.lattice.to(device),
+            self.lattice_present.to(device),
+            self.windows.to(device),
+            self.windows_present.to(device),
+            self.origins.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class DrawNoise:
+    """Noise means at the cells of a draw, in the draw's layout; `windows[l]` is level l of all chains."""
+
+    lattice: Float[Tensor, "b hl wl c"]
+    windows: list[Float[Tensor, "n w w c"]]
+
+
+def draw_noise(tree: NoiseTree, seeds: Int64[Tensor, " b"], draw: Draw) -> DrawNoise:
+    """The fields named by `seeds` at the cells of `draw`; zero at window cells without a parent in the draw."""
+    b, chains, levels, window = draw.windows.shape[:4]
+    hl, wl = draw.lattice.shape[1:3]
+    lattice = tree.boxes(seeds, Box(levels, 0, 0, hl, wl)).permute(0, 2, 3, 1)
+    index = torch.arange(b, device=seeds.device).repeat_interleave(chains)
+    half = (window // 2, window // 2)
+    parents, places, corner = lattice, index, torch.zeros_like(draw.origins[:, :, 0]).flatten(0, 1)
+    windows = []
+    for level in reversed(range(levels)):
+        origins = draw.origins[:, :, level].flatten(0, 1)
+        held = crop(parents, places, origins // 2 - corner, half)
+        children = tree.children(held.permute(0, 3, 1, 2), seeds[index], level, origins // 2)
+        parents = children.permute(0, 2, 3, 1).float()
+        places, corner = torch.arange(b * chains, device=seeds.device), origins
+        windows.append(parents)
+    return DrawNoise(lattice, windows[::-1])
+
+
+def level_losses(
+    denoiser: PyramidDenoiser,
+    draw: Draw,
+    noise: DrawNoise,
+    log_snr: Float[Tensor, " b"],
+    condition: Condition,
+) -> Float[Tensor, " levels"]:
+    """Mean squared error of F at every level, fine to coarse; their sum is the objective."""
+    b, chains, levels, window = draw.windows.shape[:4]
+    device = draw.lattice.device
+    tokens = denoiser.encode(condition)
+    sigma = torch.exp(-log_snr / 2)[:, None, None, None]
+    halo = denoiser.config.halo
+    interior = torch.zeros(window, window, 1, device=device)
+    interior[halo : window - halo, halo : window - halo] = 1.0
+
+    present = draw.lattice_present.float()
+    observed = (draw.lattice + sigma * noise.lattice) * present
+    descent = denoiser.lattice(observed, present, log_snr, tokens)
+    target = denoiser.correction_target(levels, draw.lattice, descent.known, log_snr)
+    losses = [_mean_square(descent.correction - target, present)]
+
+    image = torch.arange(b, device=device).repeat_interleave(chains)
+    sigma, log_snr = sigma[image], log_snr[image]
+    index, corner = image, torch.zeros_like(draw.origins[:, :, 0]).flatten(0, 1)
+    for level in reversed(range(levels)):
+        origins = draw.origins[:, :, level].flatten(0, 1)
+        margin = (window // 2 + 2, window // 2 + 2)
+        parents: Layer = descent.layer.detached().crop(index, origins // 2 - corner - 1, margin)
+        truth = draw.windows[:, :, level].flatten(0, 1)
+        present = draw.windows_present[:, :, level].flatten(0, 1).float()
+        observed = (truth + sigma * noise.windows[level]) * present
+        descent = denoiser.descend(
+            level, parents, observed, present, origins, log_snr, tokens, image
+        )
+        target = denoiser.correction_target(level, truth, descent.known, log_snr)
+        losses.append(_mean_square(descent.correction - target, present * interior))
+        index, corner = torch.arange(b * chains, device=device), origins
+    return torch.stack(losses[::-1])
+
+
+def _mean_square(
+    error: Float[Tensor, "n h w c"], weight: Float[Tensor, "n h w 1"]
+) -> Float[Tensor, ""]:
+    return (error.square().mean(dim=-1, keepdim=True) * weight).sum() / weight.sum().clamp(min=1.0)

@@ -1,0 +1,72 @@
+"""One coordinator per store.
+
+The lock is a file with who holds it (host, process, job) that its holder touches every few
+seconds. It is dead when the holder's process is gone from this host, or when it has not been
+touched for a minute; a dead lock is taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+HEARTBEAT_S = 5.0
+DEAD_AFTER_S = 60.0
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path`; a `ValueError` when somebody alive holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    while True:
+        try:
+            with path.open("x") as stream:
+                json.dump(owner, stream)
+            break
+        except FileExistsError:
+            _remove_if_dead(path)
+    released = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, released), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        released.set()
+        heart.join()
+        path.unlink(missing_ok=True)
+
+
+def _beat(path: Path, released: threading.Event) -> None:
+    while not released.wait(HEARTBEAT_S):
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+
+
+def _remove_if_dead(path: Path) -> None:
+    try:
+        age_s = time.time() - path.stat().st_mtime
+        text = path.read_text()
+    except FileNotFoundError:
+        return
+    holder = json.loads(text) if text.endswith("}") else {}
+    here = holder.get("host") == socket.gethostname()
+    if age_s > DEAD_AFTER_S or (here and not Path(f"/proc/{holder['pid']}").exists()):
+        path.unlink(missing_ok=True)
+        return
+    raise ValueError(
+        f"{path.parent} is being written by process {holder.get('pid')} on {holder.get('host')} "
+        "since "
+        f"{holder.get('since')} (last seen {age_s:.0f} s ago); wait for it, or end it first"
+    )

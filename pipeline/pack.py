@@ -1,0 +1,363 @@
+"""python -m pipeline.pack: the random draws of training, done once.
+
+A few thousand windows and a lattice touch most chunks of a 4096^2 region in a tiled store, so drawing them at training time
+would read 48 MiB to use a fraction of one. Packing reads every region once, in order, and writes many draws of it side by
+side (`pipeline.packfile`). A tar shard and its side file are written under temporary names and renamed, shard by
+shard: the same command after a kill writes only what is missing.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+import webdataset
+
+from model.design import ZoomDesign
+from pipeline import console
+from pipeline.draws import Moments, RegionLevels
+from pipeline.packfile import (
+    INDEX_NAME,
+    PackSettings,
+    PackStatistics,
+    RegionEntry,
+    index_content,
+)
+from pipeline.store import Region, Store
+
+SHARD_BYTES = 256 * 2**20
+PLAN_NAME = "settings.json"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Draw cells from every region of a store, many times, into WebDataset shards for training."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """The dataset store, already embedded."""
+    encoder: str
+    """Which embeddings condition the regions: an encoder's key, name or folder."""
+    out: Path
+    """Folder of the packs."""
+    points: int = 65_536
+    """Values drawn from one region for one sample, however large the region."""
+    packs_per_region: str = "auto"
+    """Draws of each region; auto: enough to score every pixel once, within --size-gb."""
+    size_gb: float = 4.0
+    """Most that auto may write, in GB."""
+    design: str = "zoom"
+    """Which cells are drawn; zoom is the coarse lattice and chains of nested windows."""
+    window: int = 48
+    """Side of a window in cells."""
+    halo: int = 6
+    """Cells at a window's rim that are not scored; at least the denoiser's halo."""
+    coarse_level: int = 5
+    """Level of the coarse lattice: cells of 2^level pixels."""
+    seed: int = 0
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pack command, resolved."""
+
+    settings: PackSettings
+    regions: tuple[Region, ...]
+    region_bytes: int
+
+    @property
+    def shards(self) -> list[tuple[Region, ...]]:
+        """The regions of every tar shard."""
+        size = max(SHARD_BYTES // self.region_bytes, 1)
+        return [self.regions[i : i + size] for i in range(0, len(self.regions), size)]
+
+
+def make_plan(options: Pack) -> Plan:
+    """Resolve the options against the store."""
+    if options.design != "zoom":
+        raise ValueError(f"design {options.design!r} does not exist; choose zoom")
+    store = Store.open(options.store)
+    regions = store.regions()
+    if not regions:
+        raise ValueError(f"{options.store} has no regions; ingest it with a smaller --region")
+    side = store.spec.region
+    design = ZoomDesign(options.points, options.coarse_level, options.window, options.halo)
+    if side % (1 << options.coarse_level):
+        raise ValueError(
+            f"regions of {side} px do not divide into coarse cells of {1 << options.coarse_level} px; "
+            "ingest with a --region that does"
+        )
+    key = store.resolve_encoder(options.encoder)
+    lattices, token_values = _common_lattices(store, key, regions)
+    channels = len(store.spec.bands)
+    pack_bytes = 2 * channels * design.chains(side, side) * design.coarse_level * design.window**2
+    lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
+    fixed_bytes = 2 * token_values + lattice_bytes + 4096
+    packs = _packs_per_region(options, design, side, len(regions), pack_bytes, fixed_bytes)
+    settings = PackSettings(
+        store=str(options.store),
+        store_fingerprint=store.fingerprint(),
+        encoder_key=key,
+        lattices=lattices,
+        design=options.design,
+        points=options.points,
+        coarse_level=options.coarse_level,
+        window=options.window,
+        halo=options.halo,
+        packs_per_region=packs,
+        seed=options.seed,
+        side_px=side,
+        unit=store.spec.unit,
+        spacing=store.spec.spacing,
+        bands=store.spec.bands,
+        dtype=store.spec.dtype,
+    )
+    return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes)
+
+
+def _packs_per_region(
+    options: Pack, design: ZoomDesign, side: int, regions: int, pack_bytes: int, fixed_bytes: int
+) -> int:
+    if options.packs_per_region != "auto":
+        if not options.packs_per_region.isdecimal() or int(options.packs_per_region) < 1:
+            raise ValueError(
+                f"--packs-per-region takes auto or a positive number, not {options.packs_per_region!r}"
+            )
+        return int(options.packs_per_region)
+    scored = design.chains(side, side) * (design.window - 2 * design.halo) ** 2
+    within = int((options.size_gb * 1e9 / regions - fixed_bytes) // pack_bytes)
+    return max(min(-(-(side**2) // scored), within), 1)
+
+
+def _common_lattices(
+    store: Store, key: str, regions: Sequence[Region]
+) -> tuple[tuple[tuple[int, int, int], ...], int]:
+    """The token lattices that every region has, finest first, and how many values they hold."""
+    common: dict[int, tuple[int, int]] | None = None
+    dim = 0
+    for region in regions:
+        found = {}
+        for lattice in store.region_tokens(key, region):
+            if lattice.footprint_px <= region.side:
+                found[lattice.footprint_px] = lattice.values.shape[:2]
+                dim = lattice.values.shape[2]
+        common = (
+            found if common is None else {f: g for f, g in common.items() if found.get(f) == g}
+        )
+    if not common:
+        raise ValueError(
+            f"no footprint of encoder {key} covers every region of {store.path} alike; "
+            "embed with a --footprint that divides the regions' side and stride"
+        )
+    lattices = tuple((f, int(gy), int(gx)) for f, (gy, gx) in sorted(common.items()))
+    return lattices, dim * sum(gy * gx for _, gy, gx in lattices)
+
+
+def pack(options: Pack) -> int:
+    """Run the command; returns its exit code."""
+    plan = make_plan(options)
+    settings = plan.settings
+    total = plan.region_bytes * len(plan.regions)
+    design = settings.zoom()
+    console.say(
+        f"pack: {len(plan.regions)} regions of {settings.side_px} px, {settings.packs_per_region} draws each, "
+        f"{design.num_values(settings.side_px, settings.side_px)} values a draw "
+        f"({design.chains(settings.side_px, settings.side_px)} chains of {settings.coarse_level} windows of "
+        f"{settings.window}x{settings.window}), tokens of {settings.encoder_key} at "
+        f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {total / 1e9:.2f} GB in "
+        f"{len(plan.shards)} shards"
+    )
+    if options.dry_run:
+        return console.EXIT_DONE
+    _claim(options.out, settings)
+    if (options.out / INDEX_NAME).is_file():
+        console.say(f"pack: {options.out} is already done")
+        return console.EXIT_DONE
+    missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
+    console.check_free_disk(options.out, total * len(missing) // len(plan.shards))
+    for leftover in options.out.glob(".*.partial"):
+        leftover.unlink()
+    store = Store.open(options.store)
+    for number in console.progress(missing, total=len(missing), desc="pack"):
+        _write_shard(store, plan, options.out, number)
+    _write_index(options.out, plan)
+    console.say(f"pack: done, {options.out / INDEX_NAME}")
+    return console.EXIT_DONE
+
+
+def _claim(out: Path, settings: PackSettings) -> None:
+    """Record the settings in an empty folder; refuse a folder with others."""
+    recorded = out / PLAN_NAME
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if recorded.is_file():
+        there = json.loads(recorded.read_text())
+        for name, value in wanted.items():
+            if there.get(name) != value and name != "store":
+                raise ValueError(
+                    f"{out} was packed with {name} = {there.get(name)!r}, this command asks for {value!r}; "
+                    "choose another --out or delete the folder"
+                )
+    else:
+        console.write_json_atomic(recorded, wanted)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _side_file(out: Path, number: int) -> Path:
+    return out / f"shard-{number:06d}.json"
+
+
+def _write_shard(store: Store, plan: Plan, out: Path, number: int) -> None:
+    settings = plan.settings
+    temporary = out / f".{_shard_name(number)}.partial"
+    entries: list[dict[str, Any]] = []
+    moments: dict[str, Any] = {}
+    with webdataset.TarWriter(str(temporary), mtime=0, user="", group="") as shard:
+        for region in plan.shards[number]:
+            sample, first_px, measured = _sample(store, settings, region)
+            shard.write(sample)
+            entries.append({**asdict(region), "first_px": first_px})
+            moments[str(region.index)] = measured
+    offsets = _member_offsets(temporary)
+    for entry in entries:
+        key = f"{entry['index']:09d}"
+        members = [f"{key}.tokens.npy", f"{key}.coarse.npy"]
+        members += [f"{key}.{_pack_name(p)}" for p in range(settings.packs_per_region)]
+        entry["offsets"] = [offsets[name] for name in members]
+    temporary.replace(out / _shard_name(number))
+    console.write_json_atomic(_side_file(out, number), {"entries": entries, "moments": moments})
+
+
+def _pack_name(pack: int) -> str:
+    return f"p{pack:02d}.bin"
+
+
+def _sample(
+    store: Store, settings: PackSettings, region: Region
+) -> tuple[dict[str, Any], list[tuple[float, float]], dict[str, Any]]:
+    """One region as a WebDataset sample, the places of its tokens, and its moments."""
+    side = region.side
+    image = store.image(region.image)
+    pixels = image.read(region.y, region.x, side, side)
+    valid = np.ones((side, side), bool)
+    if store.mask_kind(region.image) == "valid":
+        valid = store.mask(region.image, region.y, region.x, side, side)
+    levels = RegionLevels.of(pixels, valid, settings.coarse_level)
+    wanted = {footprint for footprint, _, _ in settings.lattices}
+    lattices = sorted(
+        (t for t in store.region_tokens(settings.encoder_key, region) if t.footprint_px in wanted),
+        key=lambda lattice: lattice.footprint_px,
+    )
+    tokens = np.concatenate([t.values.reshape(-1, t.values.shape[2]) for t in lattices])
+    sample: dict[str, Any] = {
+        "__key__": f"{region.index:09d}",
+        "json": json.dumps(asdict(region)).encode(),
+        "tokens.npy": _npy(tokens),
+        "coarse.npy": _npy(levels.lattice(settings.value_scale)),
+    }
+    design = settings.zoom()
+    for number in range(settings.packs_per_region):
+        origins = design.draw(side, side, (settings.seed, region.index, number))
+        windows = levels.windows(origins, settings.window, settings.value_scale)
+        sample[_pack_name(number)] = windows.tobytes()
+    return sample, [(t.y_px, t.x_px) for t in lattices], _measure(levels, tokens)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _measure(levels: RegionLevels, tokens: np.ndarray) -> dict[str, Any]:
+    moments = Moments.of(levels)
+    values = tokens.astype(np.float64)
+    return {
+        "count": moments.count,
+        "total": moments.total.tolist(),
+        "squares": moments.squares.tolist(),
+        "details": [(n, v.tolist()) for n, v in moments.details],
+        "residuals": [(n, v.tolist()) for n, v in moments.residuals],
+        "region_means": [v.tolist() for v in moments.region_means],
+        "tokens": (len(values), values.sum(0).tolist(), np.square(values).sum(0).tolist()),
+    }
+
+
+def _member_offsets(tar: Path) -> dict[str, tuple[int, int]]:
+    with tarfile.open(tar) as members:
+        return {member.name: (member.offset_data, member.size) for member in members}
+
+
+def _moments(measured: dict[str, Any]) -> Moments:
+    def pairs(items: list[tuple[float, list[float]]]) -> list[tuple[float, np.ndarray]]:
+        return [(n, np.array(v)) for n, v in items]
+
+    return Moments(
+        measured["count"],
+        np.array(measured["total"]),
+        np.array(measured["squares"]),
+        pairs(measured["details"]),
+        pairs(measured["residuals"]),
+        [np.array(v) for v in measured["region_means"]],
+    )
+
+
+def _write_index(out: Path, plan: Plan) -> None:
+    entries, train = [], []
+    for number, content in enumerate(_side_contents(out, len(plan.shards))):
+        for item in content["entries"]:
+            entries.append(
+                RegionEntry(
+                    key=item["index"],
+                    image=item["image"],
+                    y=item["y"],
+                    x=item["x"],
+                    split=item["split"],
+                    shard=_shard_name(number),
+                    first_px=tuple(tuple(place) for place in item["first_px"]),
+                    offsets=tuple(tuple(place) for place in item["offsets"]),
+                )
+            )
+            if item["split"] == "train":
+                train.append(content["moments"][str(item["index"])])
+    if not train:
+        raise ValueError(f"{plan.settings.store} has no training region to measure statistics on")
+    moments = _moments(train[0])
+    for measured in train[1:]:
+        moments = moments + _moments(measured)
+    count = sum(measured["tokens"][0] for measured in train)
+    total = sum(np.array(measured["tokens"][1]) for measured in train)
+    squares = sum(np.array(measured["tokens"][2]) for measured in train)
+    token_mean = total / count
+    token_std = np.sqrt(np.maximum(squares / count - token_mean**2, 1e-8))
+    mean, std = moments.mean_std()
+    statistics = PackStatistics(
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        signal=moments.signal(),
+        residual=moments.residual(),
+        token_mean=tuple(token_mean.tolist()),
+        token_std=tuple(token_std.tolist()),
+    )
+    console.write_json_atomic(out / INDEX_NAME, index_content(plan.settings, statistics, entries))
+
+
+def _side_contents(out: Path, shards: int) -> Iterator[dict[str, Any]]:
+    for number in range(shards):
+        yield json.loads(_side_file(out, number).read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return console.run(Pack, pack, argv, prog="pipeline.pack")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,185 @@
+"""Pixel packs at rest: WebDataset tar shards and an index of offsets.
+
+One sample of a shard is one region: `KEY.json` (place, valid fraction), `KEY.tokens.npy` (once, not once per pack),
+`KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`, `KEY.p01.bin` ..., one draw each: the values of its
+windows in the order (chain, level, y, x, channel). KEY is an integer. Any WebDataset reader can stream a shard; random
+access takes two ranges of it through the index.
+
+Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels are kept to 1/256 of a
+grey level. 65,535 marks a cell that is absent: outside the image, or not wholly valid. Where windows lie is not
+stored: it follows from the design and the key (seed, region, pack).
+"""
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt16
+
+from model.design import ZoomDesign
+from pipeline.embeddings import TokenLattice
+
+ABSENT = 65_535
+VALUE_SCALE = {"uint8": 256, "uint16": 1}
+INDEX_NAME = "index.json"
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """Everything that a pack was made with; a trainer or a second run that differs says so and stops.
+
+    lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first.
+    """
+
+    store: str
+    store_fingerprint: str
+    encoder_key: str
+    lattices: tuple[tuple[int, int, int], ...]
+    design: str
+    points: int
+    coarse_level: int
+    window: int
+    halo: int
+    packs_per_region: int
+    seed: int
+    side_px: int
+    unit: str
+    spacing: float
+    bands: tuple[str, ...]
+    dtype: str
+
+    def zoom(self) -> ZoomDesign:
+        return ZoomDesign(self.points, self.coarse_level, self.window, self.halo)
+
+    @property
+    def value_scale(self) -> int:
+        return VALUE_SCALE[self.dtype]
+
+
+@dataclass(frozen=True)
+class PackStatistics:
+    """Measured on the training regions; variances in standardised units (see `model.process.Octaves`).
+
+    mean, std: per band, in pixel values. signal, residual: per octave. token_mean, token_std: per embedding dimension.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    signal: tuple[float, ...]
+    residual: tuple[float, ...]
+    token_mean: tuple[float, ...]
+    token_std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RegionEntry:
+    """Where one region lies in the store and in the packs.
+
+    key: its number in the store's region table. offsets: (start, length) in bytes of its tokens, its lattice and its
+    packs, in this order, in `shard`. first_px: (y, x) of the first token's centre, for each lattice.
+    """
+
+    key: int
+    image: str
+    y: int
+    x: int
+    split: str
+    shard: str
+    first_px: tuple[tuple[float, float], ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+class PackSet:
+    """A folder of packs, opened for reading; safe to open in many processes."""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: PackSettings,
+        statistics: PackStatistics,
+        regions: list[RegionEntry],
+    ) -> None:
+        self.path, self.settings, self.statistics, self.regions = (
+            path,
+            settings,
+            statistics,
+            regions,
+        )
+        self.shape = (
+            settings.zoom().chains(settings.side_px, settings.side_px),
+            settings.coarse_level,
+            settings.window,
+            settings.window,
+            len(settings.bands),
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> "PackSet":
+        """Open finished packs; a `ValueError` when `path` holds none."""
+        index = path / INDEX_NAME
+        if not index.is_file():
+            raise ValueError(
+                f"{path} holds no finished packs; make them with python -m pipeline.pack"
+            )
+        content = json.loads(index.read_text())
+        return cls(
+            path,
+            PackSettings(**tuples_from_json(content["settings"])),
+            PackStatistics(**tuples_from_json(content["statistics"])),
+            [RegionEntry(**tuples_from_json(entry)) for entry in content["regions"]],
+        )
+
+    def tokens(self, entry: RegionEntry) -> list[TokenLattice]:
+        """The condition of a region, the finest lattice first."""
+        values = np.load(io.BytesIO(self._range(entry, 0)))
+        lattices, start = [], 0
+        for (footprint, gy, gx), (y, x) in zip(
+            self.settings.lattices, entry.first_px, strict=True
+        ):
+            part = values[start : start + gy * gx].reshape(gy, gx, -1)
+            lattices.append(TokenLattice(part, footprint, y, x))
+            start += gy * gx
+        return lattices
+
+    def lattice(self, entry: RegionEntry) -> UInt16[np.ndarray, "hl wl c"]:
+        """The coarse lattice of a region, fixed point."""
+        return np.load(io.BytesIO(self._range(entry, 1)))
+
+    def windows(self, entry: RegionEntry, pack: int) -> UInt16[np.ndarray, "chains levels w w c"]:
+        """The windows of one draw, fixed point."""
+        return np.frombuffer(self._range(entry, 2 + pack), np.uint16).reshape(self.shape)
+
+    def _range(self, entry: RegionEntry, member: int) -> bytes:
+        start, length = entry.offsets[member]
+        with (self.path / entry.shard).open("rb") as stream:
+            stream.seek(start)
+            payload = stream.read(length)
+        if len(payload) != length:
+            raise ValueError(
+                f"{self.path / entry.shard} ends before byte {start + length}; "
+                "delete the folder and run python -m pipeline.pack again"
+            )
+        return payload
+
+
+def index_content(
+    settings: PackSettings, statistics: PackStatistics, regions: list[RegionEntry]
+) -> dict[str, Any]:
+    """What `PackSet.open` reads."""
+    return {
+        "settings": asdict(settings),
+        "statistics": asdict(statistics),
+        "regions": [asdict(entry) for entry in regions],
+    }
+
+
+def tuples_from_json(value: Any) -> Any:
+    """JSON's lists as tuples, all the way down; dictionaries keep their keys."""
+    if isinstance(value, list):
+        return tuple(tuples_from_json(item) for item in value)
+    if isinstance(value, dict):
+        return {key: tuples_from_json(item) for key, item in value.items()}
+    return value

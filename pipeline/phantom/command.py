@@ -1,0 +1,92 @@
+"""python -m pipeline.phantom: a slide or an aerial scene drawn by code, for the demo and for
+tests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipeline.console import EXIT_DONE, run, say
+from pipeline.phantom.files import draw_aerial, draw_slide
+
+
+@dataclass(frozen=True)
+class SlideOptions:
+    """Draw a slide that looks like haematoxylin and eosin, as a pyramidal TIFF that OpenSlide
+    opens.
+    """
+
+    out: Path
+    """The .tif to write."""
+    height_px: int = 8192
+    """Height in pixels."""
+    width_px: int = 8192
+    """Width in pixels."""
+    mpp: float = 0.5
+    """Side of a pixel in µm."""
+    seed: int = 0
+    """Another seed draws another slide."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+@dataclass(frozen=True)
+class AerialOptions:
+    """Draw an aerial scene with red, green, blue and near-infrared, as a GeoTIFF."""
+
+    out: Path
+    """The .tif to write."""
+    height_px: int = 4096
+    """Height in pixels."""
+    width_px: int = 4096
+    """Width in pixels."""
+    gsd: float = 0.6
+    """Side of a pixel in m."""
+    seed: int = 0
+    """Another seed draws another scene."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+@dataclass(frozen=True)
+class PhantomOptions:
+    """Draw a picture by code: the same seed and size always give the same pixels."""
+
+    scene: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[SlideOptions, tyro.conf.subcommand("slide")]
+        | Annotated[AerialOptions, tyro.conf.subcommand("aerial")]
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run(PhantomOptions, _draw, argv, prog="pipeline.phantom")
+
+
+def _draw(options: PhantomOptions) -> int:
+    scene = options.scene
+    size = f"{scene.height_px} × {scene.width_px} px"
+    if isinstance(scene, SlideOptions):
+        say(f"a slide of {size} of {scene.mpp} µm, seed {scene.seed} -> {scene.out}")
+        if not scene.dry_run:
+            draw_slide(
+                scene.out,
+                height_px=scene.height_px,
+                width_px=scene.width_px,
+                mpp=scene.mpp,
+                seed=scene.seed,
+            )
+        return EXIT_DONE
+    say(f"an aerial scene of {size} of {scene.gsd} m, seed {scene.seed} -> {scene.out}")
+    if not scene.dry_run:
+        draw_aerial(
+            scene.out,
+            height_px=scene.height_px,
+            width_px=scene.width_px,
+            gsd=scene.gsd,
+            seed=scene.seed,
+        )
+    return EXIT_DONE

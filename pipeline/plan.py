@@ -1,0 +1,296 @@
+"""What an ingest will do, decided before anything is written.
+
+Every input is opened and described. What cannot be used is set aside with its reason; the rest
+must agree on one unit, one band list and one type, and get one target resolution: the one asked
+for, the store's, or the coarsest native one, which is the finest that every input can deliver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import progress, say
+from pipeline.ome import SHARD_PX
+from pipeline.readers import Reader, UnreadableError, open_reader
+from pipeline.readers.protocol import NAMES
+from pipeline.resample import Resampled
+from pipeline.sources import Source, find_sources, image_id
+from pipeline.store import Store, StoreSpec
+
+QUARTER_QUAD = re.compile(r"m_(\d{7}_(?:ne|nw|se|sw))_", re.IGNORECASE)
+PYRAMID_FACTOR = 4 / 3
+# Coordinate system, y and x of the centre, side: in the units of the coordinate system.
+Place = tuple[str, float, float, float]
+WORKER_BASE_BYTES = 300_000_000
+SHARD_COPIES = 5
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image to bring into a store; `spacing` is the target, `shape` (c, h, w) that of its
+    level 0 there.
+    """
+
+    image_id: str
+    source: Source
+    shape: tuple[int, int, int]
+    spacing: float
+    native_spacing: float
+    spacing_source: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An input that cannot be used."""
+
+    path: Path
+    reason: str
+
+    @property
+    def image_id(self) -> str:
+        """A name for the record, from the path, since there may be no content."""
+        digest = hashlib.blake2b(str(self.path).encode(), digest_size=5).hexdigest()
+        return f"unusable-{digest}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs, done before or not, what failed before it began, and what the store will be."""
+
+    spec: StoreSpec
+    jobs: tuple[ImageJob, ...]
+    failures: tuple[Failure, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of one full shard of level 0."""
+        return len(self.spec.bands) * SHARD_PX**2 * (2 if self.spec.dtype == "uint16" else 1)
+
+    @property
+    def worker_bytes(self) -> int:
+        """About what one worker needs at most."""
+        return WORKER_BASE_BYTES + SHARD_COPIES * self.shard_bytes
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a reader says about a source."""
+
+    image_id: str
+    source: Source
+    unit: str
+    spacing: float
+    spacing_source: str
+    bands: tuple[str, ...]
+    dtype: str
+    place: Place | None
+
+
+def make_plan(
+    inputs: Sequence[str],
+    target: float | None,
+    unit: str | None,
+    source_mpp: float | None,
+    source_gsd: float | None,
+    region: int,
+    store: Store | None,
+) -> Plan:
+    """Look at every input. `target` is in `unit` (um or m), both None where the user names
+    neither.
+
+    Raises a `ValueError` when no input can be used, when inputs do not fit together or into
+    `store`.
+    """
+    notes: list[str] = []
+    described: dict[str, _Described] = {}
+    failures: list[Failure] = []
+    sources = find_sources(inputs, source_mpp, source_gsd)
+    for source in progress(sources, total=len(sources), desc="looking at inputs"):
+        try:
+            name = image_id(source.path)
+        except OSError as error:
+            failures.append(Failure(source.path, str(error)))
+            continue
+        if name in described:
+            first = described[name].source.path
+            notes.append(f"{source.path} has the same content as {first} and is one image with it")
+            continue
+        try:
+            with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
+                described[name] = _describe(name, source, reader)
+        except (UnreadableError, OSError) as error:
+            failures.append(Failure(source.path, str(error)))
+    if not described:
+        raise ValueError(
+            failures[0].reason
+            if len(failures) == 1
+            else f"none of {len(failures)} inputs can be used; the first: {failures[0].reason}"
+        )
+    spec = _common_spec(list(described.values()), target, unit, region, store)
+    if store is None and target is None:
+        name = NAMES[spec.unit]
+        notes.append(f"--{name} is not given: {spec.spacing:g}, the coarsest native one, is used")
+    groups = _groups(list(described.values()))
+    jobs = []
+    for item in described.values():
+        try:
+            jobs.append(_job(item, spec, groups[item.image_id]))
+        except UnreadableError as error:
+            failures.append(Failure(item.source.path, str(error)))
+    if not jobs:
+        raise ValueError(failures[-1].reason)
+    return Plan(spec, tuple(jobs), tuple(failures), tuple(notes))
+
+
+def print_plan(plan: Plan, done: int, stride: int | None) -> None:
+    """Tell the user what is going to happen."""
+    spec = plan.spec
+    name, sign = NAMES[spec.unit], "µm" if spec.unit == "um" else "m"
+    say(
+        f"images: {len(plan.jobs)}, {done} of them already done; "
+        f"cannot be used: {len(plan.failures)}"
+    )
+    say(f"target: {name} {spec.spacing:g} {sign}, {' '.join(spec.bands)}, {spec.dtype}")
+    if spec.region:
+        step = stride or spec.region
+        count = sum(
+            max((j.shape[1] - spec.region) // step + 1, 0)
+            * max((j.shape[2] - spec.region) // step + 1, 0)
+            for j in plan.jobs
+        )
+        say(f"regions: at most {count} of {spec.region} px on a grid of {step} px")
+    else:
+        say("regions: the largest power of two up to 4096 px for which some region passes")
+    say(
+        f"disk: at most {needed_bytes(plan.jobs, spec) / 1e9:.2f} GB for all images, "
+        "before compression"
+    )
+    say(
+        f"memory: about {plan.worker_bytes / 1e9:.1f} GB for each worker, "
+        "whatever the size of an image"
+    )
+    for note in plan.notes:
+        say(f"note: {note}")
+    for failure in plan.failures:
+        say(f"cannot be used: {failure.reason}")
+
+
+def needed_bytes(jobs: Sequence[ImageJob], spec: StoreSpec) -> int:
+    """An upper bound of what `jobs` take on disk."""
+    depth = 2 if spec.dtype == "uint16" else 1
+    return int(sum(j.shape[0] * j.shape[1] * j.shape[2] for j in jobs) * depth * PYRAMID_FACTOR)
+
+
+def _describe(name: str, source: Source, reader: Reader) -> _Described:
+    place = None
+    transform: list[float] | None = reader.attributes.get("spatial:transform")
+    if transform:
+        a, b, c, d, e, f = transform
+        y, x = reader.shape[1] / 2, reader.shape[2] / 2
+        size = (abs(a) + abs(b)) * min(reader.shape[1:])
+        code = str(reader.attributes.get("proj:code", reader.attributes.get("proj:wkt2")))
+        place = (code, d * x + e * y + f, a * x + b * y + c, size)
+    return _Described(
+        name,
+        source,
+        reader.unit,
+        reader.spacing,
+        reader.spacing_source,
+        reader.bands,
+        reader.dtype,
+        place,
+    )
+
+
+def _common_spec(
+    items: list[_Described],
+    target: float | None,
+    unit: str | None,
+    region: int,
+    store: Store | None,
+) -> StoreSpec:
+    first = items[0]
+    kind = (first.unit, first.bands, first.dtype)
+    if store is not None:
+        kind = (store.spec.unit, store.spec.bands, store.spec.dtype)
+    for item in items:
+        if (item.unit, item.bands, item.dtype) != kind:
+            raise ValueError(
+                f"{item.source.path} is {_kind_text((item.unit, item.bands, item.dtype))} and "
+                f"{store.path if store else first.source.path} is {_kind_text(kind)}; one store "
+                "holds one kind, "
+                "so ingest them into two"
+            )
+    if unit is not None and unit != kind[0]:
+        raise ValueError(
+            f"--{NAMES[unit]} is given and {first.source.path} is measured by {NAMES[kind[0]]}; "
+            f"give --{NAMES[kind[0]]}"
+        )
+    if store is not None and target not in (None, store.spec.spacing):
+        name = NAMES[kind[0]]
+        raise ValueError(
+            f"{store.path} has {name} {store.spec.spacing:g} and --{name} is {target:g}; one "
+            "store holds one "
+            "resolution, so choose another --out"
+        )
+    spacing = store.spec.spacing if store else target or max(item.spacing for item in items)
+    return StoreSpec(kind[0], spacing, kind[1], kind[2], region)  # type: ignore[arg-type]
+
+
+def _kind_text(kind: tuple[Any, ...]) -> str:
+    return f"{'a slide' if kind[0] == 'um' else 'aerial'}, {' '.join(kind[1])}, {kind[2]}"
+
+
+def _job(item: _Described, spec: StoreSpec, group: str) -> ImageJob:
+    source = item.source
+    with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
+        shape = Resampled(reader, spec.spacing).shape
+    return ImageJob(
+        item.image_id, source, shape, spec.spacing, item.spacing, item.spacing_source, group
+    )
+
+
+def _groups(items: list[_Described]) -> dict[str, str]:
+    """The group of every image, within which splits are the same: a patient, a quarter-quad, a
+    place, or itself.
+    """
+    groups: dict[str, str] = {}
+    places: dict[tuple[str, int, int], list[tuple[Place, str]]] = {}
+    for item in sorted(items, key=lambda i: i.image_id):
+        quad = QUARTER_QUAD.search(item.source.path.name)
+        if item.source.patient:
+            groups[item.image_id] = f"patient {item.source.patient}"
+        elif quad:
+            groups[item.image_id] = f"quarter-quad {quad[1].lower()}"
+        elif item.place:
+            code, y, x, side = item.place
+            row, column = math.floor(y / side), math.floor(x / side)
+            near = (
+                group
+                for i, j in itertools.product((-1, 0, 1), repeat=2)
+                for place, group in places.get((code, row + i, column + j), ())
+                if _same_place(place, item.place)
+            )
+            groups[item.image_id] = next(near, f"place {item.image_id}")
+            entry = (item.place, groups[item.image_id])
+            places.setdefault((code, row, column), []).append(entry)
+        else:
+            groups[item.image_id] = item.image_id
+    return groups
+
+
+def _same_place(a: Place, b: Place) -> bool:
+    """Whether two images of one coordinate system have their centres within half of the smaller
+    one's side.
+    """
+    reach = min(a[3], b[3]) / 2
+    return a[0] == b[0] and abs(a[1] - b[1]) < reach and abs(a[2] - b[2]) < reach

@@ -1,0 +1,243 @@
+"""Aerial images and whatever OpenSlide does not read, through rasterio: RGB or RGB and
+near-infrared, 8 or 16 bits.
+
+A file is read in its own pixel space, never warped, and only at full resolution: overviews are
+usually picked, not averaged. A fourth band is near-infrared unless the file says that it is alpha
+*and* it behaves like alpha, which has hardly a value but 0 and full. Data is where the file's
+mask, its nodata value or its alpha says so, and never where every band is 0. GDAL is kept off the
+network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, cast
+
+import numpy as np
+import rasterio
+from jaxtyping import Bool, UInt
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.windows import Window
+
+from pipeline.readers.header import TiffHeader, check_claim
+from pipeline.readers.protocol import (
+    MaskKind,
+    SpacingUnit,
+    UnreadableError,
+    check_box,
+    checked_spacing,
+    read_patiently,
+)
+
+DRIVERS = ("GTiff", "VRT", "PNG", "JPEG", "JP2OpenJPEG", "HFA", "BMP")
+ALPHA_SAMPLE_PX = 512
+ALPHA_PURITY = 0.99
+BANDS = ("red", "green", "blue", "nir")
+NIR_NAMES = ("nir", "nir1", "near infrared", "near-infrared", "nearinfrared")
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """GDAL without network, and without a warning about files that have no georeference."""
+    with (
+        warnings.catch_warnings(),
+        rasterio.Env(
+            CPL_VSIL_CURL_ALLOWED_EXTENSIONS=".none", GDAL_PAM_ENABLED="NO", GDAL_CACHEMAX=64
+        ),
+    ):
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        yield
+
+
+class RasterReader:
+    """A `Reader` of what rasterio opens. `source_mpp` or `source_gsd` replaces its spacing."""
+
+    downsamples: tuple[int, ...] = (1,)
+
+    def __init__(
+        self,
+        path: Path,
+        header: TiffHeader | None = None,
+        source_mpp: float | None = None,
+        source_gsd: float | None = None,
+    ) -> None:
+        self.path = path
+        try:
+            self._data = self._open()
+        except rasterio.errors.RasterioIOError as error:
+            raise UnreadableError(f"{path} is no image that can be read here ({error})") from error
+        try:
+            self._describe(header, source_mpp, source_gsd)
+        except BaseException:
+            self.close()
+            raise
+
+    def _describe(
+        self, header: TiffHeader | None, source_mpp: float | None, source_gsd: float | None
+    ) -> None:
+        data = self._data
+        if set(data.dtypes) - {"uint8", "uint16"}:
+            raise UnreadableError(
+                f"{self.path} has values of type {'/'.join(sorted(set(data.dtypes)))} and only "
+                "uint8 and "
+                "uint16 are supported; convert it (gdal_translate -ot Byte or UInt16)"
+            )
+        if data.driver != "VRT":
+            pixel_bytes = data.count * np.dtype(data.dtypes[0]).itemsize
+            check_claim(self.path, data.height, data.width, data.height * data.width * pixel_bytes)
+        self._alpha = self._find_alpha()
+        self._indexes, self.bands = self._find_bands()
+        self.shape = (len(self.bands), data.height, data.width)
+        self.dtype = cast(Literal["uint8", "uint16"], data.dtypes[self._indexes[0] - 1])
+        self.unit: SpacingUnit
+        self.spacing, self.unit, self.spacing_source = self._find_spacing(
+            header, source_mpp, source_gsd
+        )
+        self.mask_kind: MaskKind = "valid" if self.unit == "m" else "tissue"
+        self.attributes = self._georeference()
+
+    def level_shape(self, level: int) -> tuple[int, int]:
+        """(h, w) of `level`, which must be 0."""
+        assert level == 0
+        return self.shape[1:]
+
+    def read(
+        self, y: int, x: int, height: int, width: int, level: int = 0
+    ) -> UInt[np.ndarray, "c h w"]:
+        """The pixels of a box; see `Reader.read`."""
+        check_box(self.path, self.level_shape(level), y, x, height, width)
+        return self._read_patiently(
+            lambda w: self._data.read(self._indexes, window=w), y, x, height, width
+        )
+
+    def read_valid(self, y: int, x: int, height: int, width: int) -> Bool[np.ndarray, "h w"]:
+        """Which pixels of a box hold data."""
+        valid = (self.read(y, x, height, width) != 0).any(axis=0)
+        flags = self._data.mask_flag_enums[self._indexes[0] - 1]
+        if self._alpha is not None:
+            alpha = self._alpha
+            return valid & (
+                self._read_patiently(
+                    lambda w: self._data.read(alpha, window=w), y, x, height, width
+                )
+                > 0
+            )
+        if MaskFlags.alpha in flags or MaskFlags.all_valid in flags:
+            return valid
+        masks = self._read_patiently(
+            lambda w: self._data.read_masks(self._indexes, window=w), y, x, height, width
+        )
+        return valid & (masks > 0).any(axis=0)
+
+    def close(self) -> None:
+        """Give the handle back."""
+        self._data.close()
+
+    def __enter__(self) -> RasterReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> rasterio.DatasetReader:
+        with _offline():
+            return rasterio.DatasetReader(str(self.path), driver=list(DRIVERS))
+
+    def _reopen(self) -> None:
+        self._data.close()
+        self._data = self._open()
+
+    def _read_patiently(
+        self, read_window: Any, y: int, x: int, height: int, width: int
+    ) -> np.ndarray:
+        def read_box(top: int, left: int, rows: int, columns: int) -> np.ndarray:
+            with _offline():
+                return read_window(Window(left, top, columns, rows))
+
+        errors = rasterio.errors.RasterioIOError
+        return read_patiently(
+            read_box, self._reopen, errors, (y, x, height, width), str(self.path)
+        )
+
+    def _find_alpha(self) -> int | None:
+        """The index of the band that says alpha and behaves like it."""
+        for index, meaning in enumerate(self._data.colorinterp, start=1):
+            if meaning == ColorInterp.alpha:
+                sides = (min(s, ALPHA_SAMPLE_PX) for s in (self._data.height, self._data.width))
+                with _offline():
+                    sample = self._data.read(index, out_shape=tuple(sides))
+                full = np.iinfo(sample.dtype).max
+                if np.isin(sample, (0, full)).mean() >= ALPHA_PURITY:
+                    return index
+        return None
+
+    def _find_bands(self) -> tuple[list[int], tuple[str, ...]]:
+        """The indexes of the bands to read, in the order red, green, blue, near-infrared."""
+        colour = [i for i in range(1, self._data.count + 1) if i != self._alpha]
+        if len(colour) not in (3, 4) or ColorInterp.palette in self._data.colorinterp:
+            raise UnreadableError(
+                f"{self.path} has {len(colour)} band(s) of colour and 3 (RGB) or 4 (RGB and "
+                "near-infrared) are "
+                "supported; choose bands with gdal_translate -b"
+            )
+        names = BANDS[: len(colour)]
+        words = {i: (self._data.descriptions[i - 1] or "").strip().lower() for i in colour}
+        described = {"nir" if word in NIR_NAMES else word: i for i, word in words.items()}
+        by_meaning = {self._data.colorinterp[i - 1].name: i for i in colour}
+        if all(name in described for name in names):
+            return [described[name] for name in names], names
+        if all(name in by_meaning for name in names[:3]):
+            first = [by_meaning[name] for name in names[:3]]
+            return first + [i for i in colour if i not in first], names
+        return colour, names
+
+    def _find_spacing(
+        self, header: TiffHeader | None, source_mpp: float | None, source_gsd: float | None
+    ) -> tuple[float, SpacingUnit, str]:
+        path, data = self.path, self._data
+        if source_mpp is not None:
+            return checked_spacing(path, (source_mpp, source_mpp), "um", "given"), "um", "given"
+        if source_gsd is not None:
+            return checked_spacing(path, (source_gsd, source_gsd), "m", "given"), "m", "given"
+        if data.crs is None and data.transform.is_identity:
+            mpp, source = (header.mpp_yx, header.mpp_source) if header else (None, "nowhere")
+            return checked_spacing(path, mpp, "um", source), "um", source
+        if data.crs is None or data.transform.is_identity:
+            missing = "coordinate system" if data.crs is None else "transform"
+            raise UnreadableError(
+                f"{path} is georeferenced but has no {missing}, so that its gsd is unknown; give "
+                "it with --source-gsd"
+            )
+        if data.crs.is_geographic:
+            raise UnreadableError(
+                f"{path} is in degrees ({data.crs.to_string()}), which have no fixed length; warp "
+                "it to metres "
+                "(gdalwarp -t_srs), or give its gsd with --source-gsd"
+            )
+        a, b, _, d, e, _ = tuple(data.transform)[:6]
+        metres = float(data.crs.linear_units_factor[1])
+        x, y = math.hypot(a, d) * metres, math.hypot(b, e) * metres
+        if abs(a * b + d * e) * metres**2 > 1e-3 * x * y:
+            raise UnreadableError(
+                f"{path} has sheared pixels, and only square ones are supported; warp it, or give "
+                "its gsd with --source-gsd"
+            )
+        source = f"transform in {data.crs.to_string()[:40]}"
+        return checked_spacing(path, (y, x), "m", source), "m", source
+
+    def _georeference(self) -> dict[str, Any]:
+        if self._data.crs is None:
+            return {}
+        epsg = self._data.crs.to_epsg()
+        code = {"proj:code": f"EPSG:{epsg}"} if epsg else {"proj:wkt2": self._data.crs.to_wkt()}
+        return {**code, "spatial:transform": list(self._data.transform)[:6]}
