@@ -1,8 +1,7 @@
-"""Tokens for every image of a store: `python -m conditioning.embed dataset.zarr --encoder
-NAME|hf-hub:ID|ENCODER_DIR`.
+"""Tokens for every image of a store: `python -m conditioning.embed dataset.zarr --encoder NAME`.
 
-For a footprint f the image is a lattice of whole tiles of f x f level-0 pixels, gy = h // f by gx
-= w // f; token (i, j) is the encoder's vector of the tile whose rows are [i f, (i + 1) f). Tiles
+For a footprint f the image is a lattice of whole tiles of f x f level-0 pixels, h // f by w // f;
+token (i, j) is the encoder's vector of the tile whose rows are [i f, (i + 1) f). Tiles
 stream through the encoder in batches that run across image borders, the next block being read
 meanwhile. An image's tokens are written in one step once all are there, so what exists is whole,
 and the same command does only what is missing.
@@ -60,7 +59,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, with the shape of each lattice, and which images are too small for what."""
+    """What is to be done, how large each lattice is, and which images are too small for what."""
 
     todo: dict[Target, tuple[int, int]]
     num_done: int
@@ -127,10 +126,10 @@ def embed(options: Embed) -> int:
         say(f"embed: {target.image_id} failed at footprint {target.footprint_px}: {reason}")
     say(
         f"embed: {len(plan.todo) - len(failures)} lattices written in {elapsed_s:.0f} s, "
-        f"{plan.num_done} were there, "
-        f"{len(failures)} failed; see {store.path / 'embeddings' / encoder.key}\n"
-        f"  next: python -m pipeline.pack {options.dataset} --encoder {options.encoder} --out "
-        "packs/"
+        f"{plan.num_done} were there, {len(failures)} failed; see "
+        f"{store.path / 'embeddings' / encoder.key}\n"
+        f"  next: python -m pipeline.pack {options.dataset} --encoder {options.encoder} "
+        "--out packs/"
     )
     return EXIT_PARTIAL if failures else EXIT_DONE
 
@@ -157,9 +156,8 @@ def make_plan(store: Store, encoder: Encoder, footprints: Sequence[int]) -> Plan
     if not todo and not num_done:
         raise ValueError(
             f"no footprint of {list(footprints)} px fits into any of the {len(image_ids)} images "
-            f"of {store.path}, "
-            f"whose shorter sides are at most {max(sides.values(), default=0)} px; give a "
-            "smaller --footprint"
+            f"of {store.path}, whose shorter sides are at most "
+            f"{max(sides.values(), default=0)} px; give a smaller --footprint"
         )
     ordered = dict(sorted(todo.items()))
     return Plan(todo=ordered, num_done=num_done, too_small=too_small)
@@ -191,7 +189,7 @@ def register(store: Store, encoder: Encoder, name: str, white_level: float | Non
 
 
 def encode_all(store: Store, encoder: Encoder, plan: Plan, batch_size: int) -> dict[Target, str]:
-    """Encode and write everything in `plan.todo`; returns what could not be read, with the reason."""
+    """Encode and write everything in `plan.todo`; returns what could not be read, and why."""
     failures: dict[Target, str] = {}
     lattices: dict[Target, Lattice] = {}
     blocks = read_ahead(_blocks(store, encoder, plan, failures))
@@ -224,7 +222,7 @@ def encode_all(store: Store, encoder: Encoder, plan: Plan, batch_size: int) -> d
 def _blocks(
     store: Store, encoder: Encoder, plan: Plan, failures: dict[Target, str]
 ) -> Iterator[tuple[Target, TileBlock]]:
-    """Every block of the plan; an image that cannot be read ends early, the reason in `failures`."""
+    """Every block of the plan; an image that cannot be read ends early and is in `failures`."""
     for target in plan.todo:
         try:
             image = store.image(target.image_id)
@@ -249,9 +247,8 @@ def _batched(tiles: Iterator[Tile], batch_size: int) -> Iterator[tuple[Tile, ...
 def _say_plan(options: Embed, encoder: Encoder, plan: Plan, needed_bytes: int) -> None:
     say(
         f"embed: {encoder.key}, tiles of {encoder.input_px} px to {encoder.dim} numbers\n"
-        f"  to do    {len(plan.todo)} lattices, {plan.num_tiles} tiles, {needed_bytes / 1e6:.1f} "
-        "MB; "
-        f"{plan.num_done} lattices are there\n"
+        f"  to do    {len(plan.todo)} lattices, {plan.num_tiles} tiles, "
+        f"{needed_bytes / 1e6:.1f} MB; {plan.num_done} lattices are there\n"
         f"  to       {options.dataset / 'embeddings' / encoder.key}"
     )
     for footprint, image_ids in sorted(plan.too_small.items()):

@@ -74,7 +74,7 @@ class EncoderCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     training: Mapping[str, Any]
-    quality: Mapping[str, float]
+    quality: Mapping[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> "EncoderCard":
@@ -98,8 +98,7 @@ class EncoderCard:
 
 @dataclass(frozen=True)
 class NetworkEncoder:
-    """A network behind the `Encoder` protocol: z = network((x[channels] - mean) / std), x in
-    counts.
+    """An encoder that is a network: z = network((x[channels] - mean) / std), x in counts.
 
     `channels` picks, from the bands it is given, those that the network was trained on; `mean` and
     `std` belong to them.
@@ -140,8 +139,7 @@ def load_encoder(
     dtype: str = "uint8",
     white_level: float | None = None,
 ) -> NetworkEncoder:
-    """The encoder that a user asked for, ready to be given tiles with these `bands` and this
-    `dtype`.
+    """The encoder that a user asked for, ready for tiles with these `bands` and this `dtype`.
 
     `name_or_dir` is a folder written by `conditioning.pretrain`, `hf-hub:ID`, or the name of a
     timm model with weights. Encoders from timm and the hub were trained on 8-bit RGB: they take
@@ -160,19 +158,17 @@ def load_encoder(
         if dtype != "uint8":
             raise ValueError(
                 f"the encoder {name_or_dir} was trained on 8-bit images and the pixels are "
-                f"{dtype}; say with --white-level "
-                "which count is white (for example 10000 for reflectance), or train an encoder "
-                "with conditioning.pretrain"
+                f"{dtype}; say with --white-level which count is white (for example 10000 for "
+                "reflectance), or train an encoder with conditioning.pretrain"
             )
         white_level = 255.0
     return _load_pretrained(str(name_or_dir), tuple(bands), white_level, device)
 
 
 def build_network(architecture: str, *, num_bands: int, dim: int, input_px: int) -> nn.Module:
-    """An untrained encoder: a timm backbone with a linear layer of `dim` outputs, each
-    standardised to unit variance.
+    """An untrained encoder: a timm backbone, a linear layer of `dim` outputs, a standardisation.
 
-    The standardisation is a batch norm without scale or shift, so that what a store holds is O(1)
+    The latter is a batch norm without scale or shift: what a store holds has about unit variance
     in every dimension. `ValueError` names similar architectures when timm has none of this name.
     """
     if not timm.is_model(architecture):
@@ -197,7 +193,12 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {name} and torch sees no GPU here; use cpu or auto")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device is {name!r}, which torch does not know; use auto, cpu or cuda"
+        ) from error
 
 
 def save_encoder(folder: Path, card: EncoderCard, network: nn.Module) -> None:
@@ -208,9 +209,7 @@ def save_encoder(folder: Path, card: EncoderCard, network: nn.Module) -> None:
 
 
 def encoder_key(card: EncoderCard, network: nn.Module) -> str:
-    """The key of a self-trained encoder: what its folder is called in a store, wherever the
-    encoder's own folder is.
-    """
+    """The key of a self-trained encoder; it does not depend on where the encoder's folder is."""
     decisive = [card.dim, card.input_px, card.bands, card.dtype, card.mean, card.std]
     return _key(card.architecture, decisive, network)
 
@@ -257,8 +256,7 @@ def _load_pretrained(
     if output.ndim != 2:
         raise ValueError(
             f"the encoder {name} returns an array of shape {tuple(output.shape)} for one tile "
-            "where one vector is needed; "
-            "choose a model with global pooling"
+            "where one vector is needed; choose a model with global pooling"
         )
     return NetworkEncoder(
         key=_key(slug, [input_px, mean, std], network),

@@ -22,13 +22,16 @@ from pipeline.store import Region, Store
 
 T = TypeVar("T")
 Tiles = UInt8[np.ndarray, "n c h w"] | UInt16[np.ndarray, "n c h w"]
+SquareTiles = (
+    UInt8[np.ndarray, "n c {side_px} {side_px}"] | UInt16[np.ndarray, "n c {side_px} {side_px}"]
+)
 
 BLOCK_PX = 512
 MAX_BLOCK_WIDTH_PX = 4096
 MAX_TILES_PER_BLOCK = 16
 
 
-def resize_tiles(tiles: Tiles, side_px: int) -> Tiles:
+def resize_tiles(tiles: Tiles, side_px: int) -> SquareTiles:
     """The tiles at `side_px` x `side_px`: bilinear, antialiased when shrinking, rounded to their
     own type.
     """

@@ -157,11 +157,9 @@ class Batches:
         return Draw(lattice, lattice_present, windows, windows_present, origins)
 
     def _standardise(self, fixed: UInt16[np.ndarray, "*shape"]) -> tuple[Tensor, Tensor]:
-        statistics, scale = self.packs.statistics, self.packs.settings.value_scale
         present = fixed[..., :1] != ABSENT
-        mean = np.array(statistics.mean, np.float32) * scale
-        std = np.array(statistics.std, np.float32) * scale
-        values = (fixed.astype(np.float32) - mean) / std * present
+        pixels = fixed.astype(np.float32) / self.packs.settings.value_scale
+        values = self.packs.statistics.standardise(pixels) * present
         return torch.from_numpy(values), torch.from_numpy(present)
 
 

@@ -29,7 +29,7 @@ def write_preview(run: Run, packs: PackSet, step: int) -> None:
     side = config.packs.side_px >> LEVEL
     recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=LEVEL)
     painter = Painter(denoiser, condition, base_level=LEVEL, held_level=LEVEL, tile=side)
-    painted = to_pixels(paint(painter, recipe).array, config)
+    painted = config.statistics.to_pixels(paint(painter, recipe).array.transpose(1, 2, 0))
     scale = config.packs.value_scale
     real = to_uint8(packs.lattice(entry).astype(np.float32) / scale, config)
     folder = run.path / "samples"
@@ -38,19 +38,11 @@ def write_preview(run: Run, packs: PackSet, step: int) -> None:
     Image.fromarray(np.concatenate(halves, axis=1)).save(folder / f"step-{step:08d}.png")
 
 
-def to_pixels(
-    standardised: Float[np.ndarray, "c h w"], config: RunConfig
-) -> Float[np.ndarray, "h w c"]:
-    """Standardised values as pixel values, not yet rounded."""
-    mean = np.array(config.statistics.mean, np.float32)
-    std = np.array(config.statistics.std, np.float32)
-    return standardised.transpose(1, 2, 0) * std + mean
-
-
 def to_uint8(pixels: Float[np.ndarray, "h w c"], config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
     """Something to look at: the first three bands (one band thrice), 16-bit data by its range."""
     if config.packs.dtype == "uint16":
-        high = np.array(config.statistics.mean) + 3 * np.array(config.statistics.std)
+        deviation = np.linalg.norm(np.array(config.statistics.colour), axis=1)
+        high = np.array(config.statistics.mean) + 3 * deviation
         pixels = pixels * (255.0 / high)
     bands = pixels[..., [0, 1, 2] if pixels.shape[-1] >= 3 else [0, 0, 0]]
     return np.clip(np.rint(bands), 0, 255).astype(np.uint8)

@@ -19,7 +19,6 @@ import tyro
 
 from conditioning.tokens import fit, from_store, to_condition
 from jobs.painting import SOLVERS, Recipe, paint
-from jobs.preview import to_pixels
 from jobs.run import Run, RunConfig
 from model.generate import ArrayField, Painter
 from pipeline import console
@@ -238,7 +237,8 @@ def _write_image(
         if image.has_shard(key):
             continue
         y, x, rows, columns = image.shard_box(key)
-        pixels = to_pixels(field.array[:, y : y + rows, x : x + columns], plan.config)
+        painted = field.array[:, y : y + rows, x : x + columns].transpose(1, 2, 0)
+        pixels = plan.config.statistics.to_pixels(painted)
         rounded = np.clip(np.rint(pixels), 0, limit).astype(packs.dtype)
         image.write_shard(key, rounded.transpose(2, 0, 1))
     image.finish()

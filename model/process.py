@@ -34,7 +34,7 @@ def alpha_sigma(
 
 @dataclass(frozen=True)
 class Octaves:
-    """Signal and noise variance of every octave, in standardised units.
+    """Signal and noise variance of every octave, in standardised units (mean over bands).
 
     signal[l]: variance of the detail at level l (cell minus parent), mean over channels and images;
         signal[-1] is the variance of the mean over the whole region.

@@ -78,92 +78,99 @@ class RegionLevels:
         return self.fixed_point(level, 0, 0, *self.sums[level].shape[:2], scale)
 
 
-@dataclass
+Energy = tuple[float, Float64[np.ndarray, "c c"]]
+"""How many vectors, and the sum of their outer products."""
+
+
+@dataclass(frozen=True)
 class Moments:
     """Sums from which a data set's statistics follow; those of several regions add up.
 
-    count, total, squares: pixels and per-band sums of values and of squares. detail, residual: (count, sum of squares
-    per band) of each octave's detail, and of the detail that slopes do not predict.
+    pixels, total: count and outer products of the pixels, and their per-band sum. details,
+    residuals: the same of each octave's detail, and of the detail that slopes do not predict.
+    region_means: per-band mean of every region.
     """
 
-    count: float
+    pixels: Energy
     total: Float64[np.ndarray, " c"]
-    squares: Float64[np.ndarray, " c"]
-    details: list[tuple[float, Float64[np.ndarray, " c"]]]
-    residuals: list[tuple[float, Float64[np.ndarray, " c"]]]
+    details: list[Energy]
+    residuals: list[Energy]
     region_means: list[Float64[np.ndarray, " c"]]
 
     @classmethod
     def of(cls, levels: RegionLevels, block: int = 1024) -> "Moments":
         """Moments of one region; details finer than a block are measured on its central block."""
         coarse = len(levels.sums) - 1
-        pixels = levels.sums[0][levels.valid[0]].astype(np.float64)
+        # Pixel moments from every second pixel each way: a quarter of 4096^2 is plenty.
+        pixels = levels.sums[0][::2, ::2][levels.valid[0][::2, ::2]].astype(np.float64)
         details, residuals = [], []
         for level in range(coarse):
             fine, parents, valid = _central(levels, level, block)
-            expected = np.repeat(np.repeat(parents, 2, axis=0), 2, axis=1)
-            detail = fine - expected
-            left = detail - _slopes(parents, valid)
-            seen = np.repeat(np.repeat(valid, 2, axis=0), 2, axis=1)
+            detail = fine - _repeat(parents)
+            seen = _repeat(valid)
             details.append(_energy(detail[seen]))
-            residuals.append(_energy(left[seen]))
+            residuals.append(_energy((detail - _slopes(parents, valid))[seen]))
         means, valid = levels.means(coarse), levels.valid[coarse]
-        while min(means.shape[:2]) > 1:
-            h, w = means.shape[0] // 2 * 2, means.shape[1] // 2 * 2
-            blocks = means[:h, :w].reshape(h // 2, 2, w // 2, 2, -1)
+        while min(valid.shape) > 1:
+            h, w = valid.shape[0] // 2 * 2, valid.shape[1] // 2 * 2
+            parents = means[:h, :w].reshape(h // 2, 2, w // 2, 2, -1).mean(axis=(1, 3))
             whole = valid[:h, :w].reshape(h // 2, 2, w // 2, 2).all(axis=(1, 3))
-            parents = blocks.mean(axis=(1, 3))
-            detail = (blocks - parents[:, None, :, None]).transpose(0, 2, 1, 3, 4)[whole]
-            details.append(_energy(detail.reshape(-1, means.shape[2])))
+            details.append(_energy((means[:h, :w] - _repeat(parents))[_repeat(whole)]))
             means, valid = parents, whole
-        return cls(
-            float(len(pixels)),
-            pixels.sum(axis=0),
-            np.square(pixels).sum(axis=0),
-            details,
-            residuals,
-            [pixels.mean(axis=0)] if len(pixels) else [],
-        )
+        means_of_region = [pixels.mean(axis=0)] if len(pixels) else []
+        return cls(_energy(pixels), pixels.sum(axis=0), details, residuals, means_of_region)
 
     def __add__(self, other: "Moments") -> "Moments":
-        def merge(
-            a: list[tuple[float, Float64[np.ndarray, " c"]]],
-            b: list[tuple[float, Float64[np.ndarray, " c"]]],
-        ) -> list[tuple[float, Float64[np.ndarray, " c"]]]:
-            return [(m + n, u + v) for (m, u), (n, v) in zip(a, b, strict=True)]
+        def merge(a: Energy, b: Energy) -> Energy:
+            return a[0] + b[0], a[1] + b[1]
 
         return Moments(
-            self.count + other.count,
+            merge(self.pixels, other.pixels),
             self.total + other.total,
-            self.squares + other.squares,
-            merge(self.details, other.details),
-            merge(self.residuals, other.residuals),
+            [merge(a, b) for a, b in zip(self.details, other.details, strict=True)],
+            [merge(a, b) for a, b in zip(self.residuals, other.residuals, strict=True)],
             self.region_means + other.region_means,
         )
 
-    def mean_std(self) -> tuple[Float64[np.ndarray, " c"], Float64[np.ndarray, " c"]]:
-        """Per-band mean and deviation of the pixels; a constant band has deviation 1."""
-        mean = self.total / max(self.count, 1.0)
-        std = np.sqrt(np.maximum(self.squares / max(self.count, 1.0) - mean**2, 0.0))
-        return mean, np.where(std > 0, std, 1.0)
+    def mean(self) -> Float64[np.ndarray, " c"]:
+        """Per-band mean of the pixels."""
+        return self.total / max(self.pixels[0], 1.0)
+
+    def colour(self) -> Float64[np.ndarray, "c c"]:
+        """The symmetric square root of the bands' covariance: pixel = mean + colour u.
+
+        Colours that hardly vary are given a hundredth of the largest deviation, so that u, and
+        the noise added to it, never blow up what is only rounding.
+        """
+        count = max(self.pixels[0], 1.0)
+        covariance = self.pixels[1] / count - np.outer(self.mean(), self.mean())
+        values, vectors = np.linalg.eigh(covariance)
+        deviations = np.sqrt(np.maximum(values, 0.0))
+        deviations = np.maximum(deviations, max(0.01 * deviations.max(), 1e-3))
+        return (vectors * deviations) @ vectors.T
 
     def signal(self) -> tuple[float, ...]:
-        """Standardised detail variance of every octave, then the variance of the region's mean."""
-        mean, std = self.mean_std()
-        of_means = np.square((np.stack(self.region_means) - mean) / std).mean()
-        return (*(self._standardised(pair) for pair in self.details), float(of_means))
+        """Variance of u's detail in every octave, then of the mean of u over a region."""
+        apart = np.stack(self.region_means) - self.mean()
+        of_means = self._variance(_energy(apart))
+        return (*(self._variance(energy) for energy in self.details), of_means)
 
     def residual(self) -> tuple[float, ...]:
-        """Standardised variance of what slopes leave of each detail below the lattice."""
-        return tuple(self._standardised(pair) for pair in self.residuals)
+        """Variance of what slopes leave of u's detail in each octave below the lattice."""
+        return tuple(self._variance(energy) for energy in self.residuals)
 
-    def _standardised(self, pair: tuple[float, Float64[np.ndarray, " c"]]) -> float:
-        _, std = self.mean_std()
-        return float((pair[1] / max(pair[0], 1.0) / std**2).mean())
+    def _variance(self, energy: Energy) -> float:
+        whiten = np.linalg.inv(self.colour())
+        return float(np.trace(whiten @ energy[1] @ whiten.T) / max(energy[0], 1.0) / len(whiten))
 
 
-def _energy(values: Float64[np.ndarray, "n c"]) -> tuple[float, Float64[np.ndarray, " c"]]:
-    return float(len(values)), np.square(values).sum(axis=0)
+def _energy(values: Float64[np.ndarray, "*n c"]) -> Energy:
+    flat = values.reshape(-1, values.shape[-1])
+    return float(len(flat)), flat.T @ flat
+
+
+def _repeat(parents: np.ndarray) -> np.ndarray:
+    return parents.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def _central(

@@ -20,7 +20,7 @@ import webdataset
 
 from model.design import ZoomDesign
 from pipeline import console
-from pipeline.draws import Moments, RegionLevels
+from pipeline.draws import Energy, Moments, RegionLevels
 from pipeline.packfile import (
     INDEX_NAME,
     PackSettings,
@@ -278,17 +278,25 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _measure(levels: RegionLevels, tokens: np.ndarray) -> dict[str, Any]:
+    """A region's moments, and its tokens' (count, sum, sum of squares), as JSON."""
     moments = Moments.of(levels)
     values = tokens.astype(np.float64)
     return {
-        "count": moments.count,
+        "pixels": _to_json(moments.pixels),
         "total": moments.total.tolist(),
-        "squares": moments.squares.tolist(),
-        "details": [(n, v.tolist()) for n, v in moments.details],
-        "residuals": [(n, v.tolist()) for n, v in moments.residuals],
-        "region_means": [v.tolist() for v in moments.region_means],
+        "details": [_to_json(energy) for energy in moments.details],
+        "residuals": [_to_json(energy) for energy in moments.residuals],
+        "region_means": [mean.tolist() for mean in moments.region_means],
         "tokens": (len(values), values.sum(0).tolist(), np.square(values).sum(0).tolist()),
     }
+
+
+def _to_json(energy: Energy) -> tuple[float, list[list[float]]]:
+    return energy[0], energy[1].tolist()
+
+
+def _from_json(pair: tuple[float, list[list[float]]]) -> Energy:
+    return pair[0], np.array(pair[1])
 
 
 def _member_offsets(tar: Path) -> dict[str, tuple[int, int]]:
@@ -297,16 +305,12 @@ def _member_offsets(tar: Path) -> dict[str, tuple[int, int]]:
 
 
 def _moments(measured: dict[str, Any]) -> Moments:
-    def pairs(items: list[tuple[float, list[float]]]) -> list[tuple[float, np.ndarray]]:
-        return [(n, np.array(v)) for n, v in items]
-
     return Moments(
-        measured["count"],
+        _from_json(measured["pixels"]),
         np.array(measured["total"]),
-        np.array(measured["squares"]),
-        pairs(measured["details"]),
-        pairs(measured["residuals"]),
-        [np.array(v) for v in measured["region_means"]],
+        [_from_json(pair) for pair in measured["details"]],
+        [_from_json(pair) for pair in measured["residuals"]],
+        [np.array(mean) for mean in measured["region_means"]],
     )
 
 
@@ -338,10 +342,9 @@ def _write_index(out: Path, plan: Plan) -> None:
     squares = sum(np.array(measured["tokens"][2]) for measured in train)
     token_mean = total / count
     token_std = np.sqrt(np.maximum(squares / count - token_mean**2, 1e-8))
-    mean, std = moments.mean_std()
     statistics = PackStatistics(
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
+        mean=tuple(moments.mean().tolist()),
+        colour=tuple(tuple(row) for row in moments.colour().tolist()),
         signal=moments.signal(),
         residual=moments.residual(),
         token_mean=tuple(token_mean.tolist()),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import Float32, UInt16
 
 from model.design import ZoomDesign
 from pipeline.embeddings import TokenLattice
@@ -61,17 +61,29 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class PackStatistics:
-    """Measured on the training regions; variances in standardised units (see `model.process.Octaves`).
+    """Measured on the training regions.
 
-    mean, std: per band, in pixel values. signal, residual: per octave. token_mean, token_std: per embedding dimension.
+    mean: per band, in pixel values. colour: the symmetric square root of the bands' covariance, so
+    that pixel = mean + colour u for a standardised u whose bands are uncorrelated. signal,
+    residual: variances of u's octaves (see `model.process.Octaves`). token_mean, token_std: per
+    embedding dimension.
     """
 
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    colour: tuple[tuple[float, ...], ...]
     signal: tuple[float, ...]
     residual: tuple[float, ...]
     token_mean: tuple[float, ...]
     token_std: tuple[float, ...]
+
+    def standardise(self, pixels: Float32[np.ndarray, "*n c"]) -> Float32[np.ndarray, "*n c"]:
+        """Pixel values -> u."""
+        whiten = np.linalg.inv(np.array(self.colour)).T.astype(np.float32)
+        return (pixels - np.array(self.mean, np.float32)) @ whiten
+
+    def to_pixels(self, values: Float32[np.ndarray, "*n c"]) -> Float32[np.ndarray, "*n c"]:
+        """u -> pixel values, neither rounded nor clipped."""
+        return values @ np.array(self.colour, np.float32).T + np.array(self.mean, np.float32)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.ome import SHARD_PX
 from pipeline.readers import Reader, UnreadableError, open_reader
 from pipeline.readers.protocol import NAMES
 from pipeline.resample import Resampled
-from pipeline.sources import Source, find_sources, image_id
+from pipeline.sources import Source, content_of, find_sources, image_id
 from pipeline.store import Store, StoreSpec
 
 QUARTER_QUAD = re.compile(r"m_(\d{7}_(?:ne|nw|se|sw))_", re.IGNORECASE)
@@ -112,6 +112,7 @@ def make_plan(
     """
     notes: list[str] = []
     described: dict[str, _Described] = {}
+    known = {content_of(name): name for name in store.image_states()} if store else {}
     failures: list[Failure] = []
     sources = find_sources(inputs, source_mpp, source_gsd)
     for source in progress(sources, total=len(sources), desc="looking at inputs"):
@@ -120,6 +121,7 @@ def make_plan(
         except OSError as error:
             failures.append(Failure(source.path, str(error)))
             continue
+        name = known.setdefault(content_of(name), name)
         if name in described:
             first = described[name].source.path
             notes.append(f"{source.path} has the same content as {first} and is one image with it")

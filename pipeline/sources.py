@@ -72,17 +72,22 @@ def find_sources(
 
 
 def image_id(path: Path) -> str:
-    """A name for the image in `path`: letters, digits, - and _, at most 51 characters, one for
+    """A name for the image in `path`: letters, digits, - and _, at most 57 characters, one for
     each content.
     """
     size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=5)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with path.open("rb") as stream:
         digest.update(stream.read(FINGERPRINT_BYTES))
         stream.seek(max(0, size - FINGERPRINT_BYTES))
         digest.update(stream.read(FINGERPRINT_BYTES))
     stem = re.sub(r"[^A-Za-z0-9_]+", "-", path.stem)[:STEM_LENGTH].strip("-") or "image"
     return f"{stem}-{digest.hexdigest()}"
+
+
+def content_of(name: str) -> str:
+    """The fingerprint in an image id, which two names of one content share."""
+    return name.rpartition("-")[2]
 
 
 def _is_candidate(path: Path) -> bool:

@@ -32,7 +32,7 @@ def written(path: Path, pixels: np.ndarray) -> OmeImage:
 
 
 def halved(pixels: np.ndarray) -> np.ndarray:
-    """2×2 means in float64, half up; what lies beyond an odd side repeats the last row or column."""
+    """2×2 means in float64, half up; beyond an odd side the last row or column repeats."""
     _, height, width = pixels.shape
     padded = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2)), mode="edge")
     cells = padded.reshape(len(pixels), padded.shape[1] // 2, 2, padded.shape[2] // 2, 2)

@@ -1,0 +1,198 @@
+"""python -m jobs.demo: the whole chain on one small input, within minutes on two CPU cores.
+
+Every stage is the command a user would type, run in this process one after the other and printed
+first, so that this module is also the manual of the chain. What a stage finished is recorded in
+OUT/demo.json; the same command after a kill goes on in the middle of the stage it was in, and one
+that is done repeats nothing. Without slides it draws its own phantom.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import conditioning.embed
+import conditioning.pretrain
+import jobs.sample
+import jobs.train
+import pipeline.ingest
+import pipeline.pack
+import pipeline.phantom
+from jobs.metrics import layout_match
+from jobs.preview import to_uint8
+from jobs.run import Run
+from pipeline import console
+from pipeline.ome import OmeImage
+from pipeline.store import Region, Store
+
+TOTAL_PACKS = 1200
+FEW_REGIONS = 16
+PICTURE_PX = 1024
+CROP_PX = 512
+
+Stage = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Paint a 4096 x 4096 image from slides, aerial images, or a phantom drawn by code."""
+
+    slides: tuple[str, ...] = ()
+    """Slides, GeoTIFFs or folders; by default a phantom slide."""
+    out: Path = Path("demo")
+    """Folder of everything that the demo makes."""
+    size: int = 4096
+    """Side of the painted image in pixels."""
+    train_minutes: float = 4.5
+    """Time for training the denoiser."""
+    steps: int = 16
+    """Evaluations of the denoiser when painting."""
+    region: int | None = None
+    """Row of the region table that conditions the image; by default one held out, if any is."""
+    ingest_options: tuple[str, ...] = ()
+    """More options for pipeline.ingest, such as --ingest-options --source-mpp 0.25."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+class Progress:
+    """Which stages are done, with the commands that did them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def run(self, name: str, stage: Stage, arguments: Sequence[str], *, may_skip: bool = True) -> int:
+        """Run one command unless it is done; returns its exit code, 0 or 3."""
+        command = [name, *arguments]
+        recorded = self.done.get(name)
+        if recorded is not None and recorded["command"] == command and may_skip:
+            console.say(f"demo: {name} is already done ({recorded['seconds']:.0f} s)")
+            return int(recorded["code"])
+        console.say(f"\n$ python -m {' '.join(command)}")
+        started = time.monotonic()
+        code = stage(arguments)
+        if code not in (console.EXIT_DONE, console.EXIT_PARTIAL):
+            raise ValueError(f"{name} ended with exit code {code}; its message stands above")
+        seconds = round(time.monotonic() - started, 1)
+        self.done[name] = {"command": command, "code": code, "seconds": seconds}
+        console.write_json_atomic(self.file, self.done)
+        return code
+
+
+def demo(options: Demo) -> int:
+    """Run the command; returns its exit code."""
+    console.say(
+        f"demo: {', '.join(options.slides) or 'a phantom slide'} -> {options.out}: ingest, "
+        f"pretrain, embed, pack, train for {options.train_minutes:g} minutes, paint "
+        f"{options.size}x{options.size} px; about 10 minutes on two cores, 8 GB of disk"
+    )
+    if options.dry_run:
+        return console.EXIT_DONE
+    out = options.out
+    console.check_free_disk(out, 8_000_000_000)
+    progress = Progress(out / "demo.json")
+    slides = list(options.slides)
+    if not slides:
+        slides = [str(out / "phantom.tif")]
+        arguments = ["slide", "--out", slides[0]]
+        progress.run("pipeline.phantom", pipeline.phantom.main, arguments)
+    store_path = str(out / "dataset.zarr")
+    code = _ingest(options, progress, slides, store_path)
+    encoder, packs, run = str(out / "encoder"), str(out / "packs"), str(out / "run")
+    progress.run("conditioning.pretrain", conditioning.pretrain.main, [store_path, "--out", encoder])
+    progress.run("conditioning.embed", conditioning.embed.main, [store_path, "--encoder", encoder])
+    store = Store.open(Path(store_path))
+    regions = store.regions()
+    draws = str(max(TOTAL_PACKS // len(regions), 1))
+    progress.run(
+        "pipeline.pack",
+        pipeline.pack.main,
+        [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
+    )
+    progress.run("jobs.train", jobs.train.main, _train_arguments(options, packs, run))
+    images = out / "images"
+    arguments = [run, "--condition", store_path, "--out", str(images), "--size", str(options.size)]
+    arguments += ["--steps", str(options.steps), "--guidance", "1"]
+    arguments += ["--format", "ome-tiff", *(["tiff"] if store.spec.unit == "um" else ["cog"])]
+    if options.region is not None:
+        arguments += ["--region", str(options.region)]
+    progress.run("jobs.sample", jobs.sample.main, arguments)
+    _conclude(store, regions, Path(run), images, out)
+    return code
+
+
+def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> int:
+    """Ingest; where that finds few regions, again with overlapping ones, which costs only a table."""
+    arguments = [*slides, "--out", store_path, "--region", "auto", *options.ingest_options]
+    code = progress.run("pipeline.ingest", pipeline.ingest.main, arguments)
+    store = Store.open(Path(store_path))
+    denser = Progress(progress.file.with_name("demo-regions.json"))
+    if denser.done or len(store.regions()) < FEW_REGIONS:
+        side = store.spec.region
+        arguments = [*slides, "--out", store_path, "--region", str(side)]
+        arguments += ["--stride", str(max(side // 4, 256)), *options.ingest_options]
+        denser.run("pipeline.ingest", pipeline.ingest.main, arguments)
+    return code
+
+
+def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
+    return [
+        *(packs, "--run", run, "--preset", "tiny", "--max-minutes", str(options.train_minutes)),
+        *("--steps", "4000", "--batch", "4", "--learning-rate", "0.001", "--warmup", "20"),
+        *("--save-every", "100", "--ema", "0.98"),
+    ]
+
+
+def _conclude(
+    store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path
+) -> None:
+    """Say whether every image follows its condition, and draw it beside its region."""
+    config = Run(run).config()
+    for file in sorted(images.glob("*.json")):
+        record = json.loads(file.read_text())
+        own = Region(**record["region"])
+        painted = OmeImage.open(images / record["image"])
+        match = layout_match(painted, store, own, regions)
+        rows = [
+            _picture(image, y, x, side, config)
+            for image, y, x in ((store.image(own.image), own.y, own.x), (painted, 0, 0))
+            for side in (min(own.side, *painted.shape[1:]), CROP_PX)
+        ]
+        sheet = np.concatenate([np.concatenate(rows[:2], 0), np.concatenate(rows[2:], 0)], 1)
+        Image.fromarray(sheet).save(out / f"{file.stem}.png")
+        console.write_json_atomic(out / f"{file.stem}-layout.json", asdict(match))
+        console.say(
+            f"demo: {file.stem}: at 64x64 px the image is {match.own:.1f} grey levels from its "
+            f"own region and {match.nearest_other:.1f} from the nearest other "
+            f"({match.nearest_other_region}): it {'follows' if match.follows else 'DOES NOT follow'}"
+            f" its condition; picture (left real, right painted; below at full resolution): "
+            f"{out / file.stem}.png"
+        )
+    console.say(f"demo: done, {images}")
+
+
+def _picture(image: OmeImage, y: int, x: int, side: int, config: Any) -> np.ndarray:
+    """A square of an image as 8-bit RGB of PICTURE_PX; small squares from the middle, enlarged."""
+    if side == CROP_PX:
+        y, x = y + image.shape[1] // 4, x + image.shape[2] // 4
+        y, x = min(y, image.shape[1] - side), min(x, image.shape[2] - side)
+    level = 0
+    while side >> (level + 1) >= PICTURE_PX:
+        level += 1
+    pixels = image.read(y >> level, x >> level, side >> level, side >> level, level)
+    shown = to_uint8(pixels.transpose(1, 2, 0).astype(np.float32), config)
+    return np.asarray(Image.fromarray(shown).resize((PICTURE_PX, PICTURE_PX)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return console.run(Demo, demo, argv, prog="jobs.demo")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
