@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import timm
@@ -32,6 +32,7 @@ WEIGHTS_NAME = "encoder.safetensors"
 RGB = ("red", "green", "blue")
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """Anything that embeds tiles.
 

@@ -31,9 +31,9 @@ def pretrained_network(name: str) -> tuple[str, nn.Module]:
             f"{name!r} is neither a folder nor a model that timm knows; "
             f"{did_you_mean(architecture)}"
         )
-    card = timm.get_pretrained_cfg(name) if tag or timm.is_model_pretrained(name) else None
+    tags = timm.list_pretrained(f"{architecture}.*")
+    card = timm.get_pretrained_cfg(name) if name in tags or (tags and not tag) else None
     if card is None or card.hf_hub_id is None:
-        tags = timm.list_pretrained(f"{architecture}.*")
         known = f"choose one of {tags[:5]}" if tags else "train one with conditioning.pretrain"
         raise ValueError(f"timm has no pretrained weights for {name!r}; {known}")
     weights = _fetch(name, card.hf_hub_id, "model.safetensors")

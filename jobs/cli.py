@@ -1,7 +1,7 @@
 """`gigabrush STAGE ...`: every stage's module by name, from one command.
 
-`gigabrush ingest slides/` is `python -m pipeline.ingest slides/`. A stage is imported only when it is
-asked for, so that ingest runs on a machine without torch.
+`gigabrush ingest slides/` is `python -m pipeline.ingest slides/`. A stage is imported only when it
+is asked for, so that ingest runs on a machine without torch.
 """
 
 import importlib

@@ -6,7 +6,7 @@ global batch. So one rank with a batch of four and two ranks with two see the sa
 does a run that was resumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,7 +57,7 @@ class Sample:
 
 
 def turn(sample: Sample, element: int, side_px: int) -> Sample:
-    """One of the eight symmetries of the square: bit 2 transposes, then bits 0 and 1 mirror y, x."""
+    """A symmetry of the square: bit 2 transposes, then bits 0 and 1 mirror y and x."""
     lattice, windows, origins = sample.lattice, sample.windows, sample.origins
     levels, window = windows.shape[1:3]
     extent = side_px >> np.arange(levels)
@@ -97,7 +97,7 @@ class Batches:
         regions = sum(entry.split == self.split for entry in self.packs.regions)
         return regions * self.packs.settings.packs_per_region
 
-    def iterate(self, first_step: int, rank: int, world: int) -> Iterator[Batch]:
+    def iterate(self, first_step: int, rank: int, world: int) -> Generator[Batch, None, None]:
         """Batches from `first_step` on, for ever, read ahead by a thread."""
         with ThreadPoolExecutor(max_workers=1) as reader:
             steps = range(first_step, first_step + PREFETCHED)

@@ -67,7 +67,9 @@ class Progress:
         self.file = file
         self.done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
-    def run(self, name: str, stage: Stage, arguments: Sequence[str], *, may_skip: bool = True) -> int:
+    def run(
+        self, name: str, stage: Stage, arguments: Sequence[str], *, may_skip: bool = True
+    ) -> int:
         """Run one command unless it is done; returns its exit code, 0 or 3."""
         command = [name, *arguments]
         recorded = self.done.get(name)
@@ -105,7 +107,9 @@ def demo(options: Demo) -> int:
     store_path = str(out / "dataset.zarr")
     code = _ingest(options, progress, slides, store_path)
     encoder, packs, run = str(out / "encoder"), str(out / "packs"), str(out / "run")
-    progress.run("conditioning.pretrain", conditioning.pretrain.main, [store_path, "--out", encoder])
+    progress.run(
+        "conditioning.pretrain", conditioning.pretrain.main, [store_path, "--out", encoder]
+    )
     progress.run("conditioning.embed", conditioning.embed.main, [store_path, "--encoder", encoder])
     store = Store.open(Path(store_path))
     regions = store.regions()
@@ -128,7 +132,7 @@ def demo(options: Demo) -> int:
 
 
 def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> int:
-    """Ingest; where that finds few regions, again with overlapping ones, which costs only a table."""
+    """Ingest; where that finds few regions, again with overlapping ones: only a new table."""
     arguments = [*slides, "--out", store_path, "--region", "auto", *options.ingest_options]
     code = progress.run("pipeline.ingest", pipeline.ingest.main, arguments)
     store = Store.open(Path(store_path))
@@ -149,9 +153,7 @@ def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
     ]
 
 
-def _conclude(
-    store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path
-) -> None:
+def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path) -> None:
     """Say whether every image follows its condition, and draw it beside its region."""
     config = Run(run).config()
     for file in sorted(images.glob("*.json")):
@@ -170,7 +172,8 @@ def _conclude(
         console.say(
             f"demo: {file.stem}: at 64x64 px the image is {match.own:.1f} grey levels from its "
             f"own region and {match.nearest_other:.1f} from the nearest other "
-            f"({match.nearest_other_region}): it {'follows' if match.follows else 'DOES NOT follow'}"
+            f"({match.nearest_other_region}): it "
+            f"{'follows' if match.follows else 'DOES NOT follow'}"
             f" its condition; picture (left real, right painted; below at full resolution): "
             f"{out / file.stem}.png"
         )

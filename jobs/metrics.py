@@ -1,7 +1,7 @@
 """Numbers that say how good painted images are.
 
-Here so far: whether an image follows its condition. Both are reduced to a thumbnail, where only the layout is left, and
-compared with every region of the store.
+Here so far: whether an image follows its condition. Both are reduced to a thumbnail, where only
+the layout is left, and compared with every region of the store.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,10 @@ def thumbnail(image: OmeImage, y: int, x: int, side: int) -> Float[np.ndarray, "
     rows, columns = min(side >> level, height - top), min(side >> level, width - left)
     pixels = image.read(top, left, rows, columns, level).astype(np.float64)
     return np.stack(
-        [resize(band, (THUMBNAIL_PX, THUMBNAIL_PX), order=1, anti_aliasing=True) for band in pixels]
+        [
+            resize(band, (THUMBNAIL_PX, THUMBNAIL_PX), order=1, anti_aliasing=True)
+            for band in pixels
+        ]
     )
 
 

@@ -8,6 +8,7 @@ noise, a function of place, needs no state.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +67,10 @@ def paint(
         start(fields[0], tree, recipe.seed, low, level=recipe.level)
     for number in range(done, recipe.steps):
         state = Trajectory(fields[number % 2], fields[(number + 1) % 2], memory)
-        if number < len(steps) and recipe.steps > 1:
-            advance(painter, solver, steps[number], state, lambda n, k=number: report(k, n))
+        if number + 1 < recipe.steps:
+            advance(painter, solver, steps[number], state, partial(report, number))
         else:
-            finish(
-                painter, high if recipe.steps > 1 else low, state, lambda n, k=number: report(k, n)
-            )
+            finish(painter, high if number else low, state, partial(report, number))
         _mark(work, recipe, number + 1)
     return fields[recipe.steps % 2]
 
@@ -81,8 +80,8 @@ def _field(work: Path | None, name: str, shape: tuple[int, int, int]) -> ArrayFi
         return ArrayField(np.zeros(shape, np.float32))
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"{name}.f32"
-    mode = "r+" if file.is_file() and file.stat().st_size == 4 * int(np.prod(shape)) else "w+"
-    return ArrayField(np.memmap(file, np.float32, mode, shape=shape))
+    whole = file.is_file() and file.stat().st_size == 4 * int(np.prod(shape))
+    return ArrayField(np.memmap(file, np.float32, "r+" if whole else "w+", shape=shape))
 
 
 def _done(work: Path | None, recipe: Recipe) -> int:

@@ -21,7 +21,9 @@ SIDE_PX = 512
 
 
 def write_preview(run: Run, packs: PackSet, step: int) -> None:
-    """Write run/samples/step-N.png, conditioned on the first region that is not trained on, if any."""
+    """Write run/samples/step-N.png, conditioned on the first region that is not trained on, if
+    any.
+    """
     config = run.config()
     entry = min(packs.regions, key=lambda e: (e.split == "train", e.key))
     condition = to_condition([packs.tokens(entry)], config.token_scale(), [True])

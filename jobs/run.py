@@ -81,7 +81,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands. `checkpoint` is the folder to resume from; seconds of training so far."""
+    """Where a run stands: `checkpoint` is what to resume from, `seconds` the training so far."""
 
     status: str
     step: int
@@ -165,6 +165,12 @@ class Run:
         state = replace(state, heartbeat=time.time(), **changes)
         self._write_state(state)
         return state
+
+    def fail(self) -> None:
+        """Record that this process ended in an error, if the run is still its own."""
+        state = self.state()
+        if state is not None and state.owner == self.owner:
+            self.update(status="failed")
 
     def _write_state(self, state: RunState) -> None:
         console.write_json_atomic(self.path / "state.json", asdict(state))

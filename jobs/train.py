@@ -129,7 +129,7 @@ def train(options: Train) -> int:
             f"ask for --batch {-(-options.batch // ranks.world) * ranks.world}"
         )
     if ranks.rank == 0:
-        state = run.claim(config)
+        run.claim(config)
         if before is not None and before.status == "done":
             run.update(status="done")
             console.say(f"train: {options.run} is already done")
@@ -143,8 +143,8 @@ def train(options: Train) -> int:
     try:
         trainer.loop(batches, before)
     except BaseException:
-        if ranks.rank == 0 and (state := run.state()) is not None and state.owner == run.owner:
-            run.update(status="failed")
+        if ranks.rank == 0:
+            run.fail()
         raise
     return console.EXIT_DONE
 

@@ -1,9 +1,10 @@
 """How conditions reach the image: tokens with coordinates, looked up or attended to.
 
-A condition is a set of tokens, each an SSL embedding of a square of the image with a centre and a side (its footprint).
-One token per image would only be a bias: softmax over one key is one. With many, the layout can be told. Two operators
-read them: softmax cross-attention at the coarse lattice (inside the U-Net), and at finer levels a bilinear lookup of the
-finest token lattice at each cell, which modulates features (FiLM) at a cost that does not grow with their number.
+A condition is a set of tokens, each an SSL embedding of a square of the image with a centre and a
+side (its footprint). One token per image would only be a bias: softmax over one key is one. With
+many, the layout can be told. Two operators read them: softmax cross-attention at the coarse
+lattice (inside the U-Net), and at finer levels a bilinear lookup of the finest token lattice at
+each cell, which modulates features (FiLM) at a cost that does not grow with their number.
 
 A dropped condition (for classifier-free guidance) is a learned null token at the same places.
 """
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 class Condition:
     """Tokens of a batch of images; the first gy * gx are the finest lattice, row by row.
 
-    values: standardised embeddings. centres_px: (y, x) relative to the image's corner. footprints_px: sides of the
-    squares. grid: (gy, gx). keep: where False, the condition is replaced by the null token.
+    values: standardised embeddings. centres_px: (y, x) relative to the image's corner.
+    footprints_px: sides of the squares. grid: (gy, gx). keep: where False, the condition is
+    replaced by the null token.
     """
 
     values: Float[Tensor, "b n d"]
@@ -56,7 +58,9 @@ def fourier(
 
 
 class TokenEncoder(nn.Module):
-    """Tokens -> features with position and footprint; the null token where the condition is dropped."""
+    """Tokens -> features with position and footprint; the null token where the condition is
+    dropped.
+    """
 
     POSITION_WIDTH = 16
     POSITION_PERIOD_PX = 16_384.0
@@ -70,7 +74,9 @@ class TokenEncoder(nn.Module):
     def forward(
         self, condition: Condition
     ) -> tuple[Float[Tensor, "b n w"], Float[Tensor, "b w gy gx"]]:
-        """Features of all tokens with their places, and of the finest lattice without (its place is its index)."""
+        """Features of all tokens with their places, and of the finest lattice without (its place
+        is its index).
+        """
         keep = condition.keep[:, None, None]
         content = torch.where(keep, self.content(condition.values), self.null)
         places = fourier(condition.centres_px, self.POSITION_WIDTH, self.POSITION_PERIOD_PX)
@@ -90,8 +96,9 @@ def look_up(
 ) -> Float[Tensor, "b h w t"]:
     """Bilinear interpolation of a token lattice at cells; constant beyond its rim.
 
-    The lattice's first token is centred at `first_px` (y, x), its neighbours `pitch_px` apart. `grid_sample` with
-    align_corners=True wants -1 at the first token's centre and +1 at the last one's, in (x, y) order.
+    The lattice's first token is centred at `first_px` (y, x), its neighbours `pitch_px` apart.
+    `grid_sample` with align_corners=True wants -1 at the first token's centre and +1 at the last
+    one's, in (x, y) order.
     """
     gy, gx = lattice.shape[-2:]
     y = (centres_y_px - first_px[:, :1]) / pitch_px[:, None] * (2.0 / max(gy - 1, 1)) - 1.0

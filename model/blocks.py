@@ -1,7 +1,8 @@
 """The local parts of a denoiser: blocks whose every coupling is a declared number of cells.
 
-All normalisation is per cell, so that a window computes what the whole image would, except within the blocks' halo of the
-window's rim. Absent cells hold zero before every convolution, exactly as if they were padding.
+All normalisation is per cell, so that a window computes what the whole image would, except within
+the blocks' halo of the window's rim. Absent cells hold zero before every convolution, exactly as
+if they were padding.
 """
 
 import torch.nn.functional as F
@@ -31,9 +32,11 @@ class LevelEmbedding(nn.Module):
 
 
 class LocalBlock(nn.Module):
-    """Depthwise convolution, per-cell norm with FiLM, and an MLP, added to the input (ConvNeXt, Liu et al., 2022).
+    """Depthwise convolution, per-cell norm with FiLM, and an MLP, added to the input (ConvNeXt,
+    Liu et al., 2022).
 
-    x + W_2 silu(W_1 [ norm(dw x) (1 + scale) + shift ]), zero where cells are absent; halo: kernel // 2 cells.
+    x + W_2 silu(W_1 [ norm(dw x) (1 + scale) + shift ]), zero where cells are absent; halo: kernel
+    // 2 cells.
     """
 
     EXPANSION = 2
@@ -59,10 +62,11 @@ class LocalBlock(nn.Module):
 
 
 class LevelNet(nn.Module):
-    """The learned part of one level: local blocks that see its own details and its parents' features.
+    """The learned part of one level: local blocks that see its own details and its parents'
+    features.
 
-    channels: of the image; width: of this level's features; parent_width: of its parents'; token_width: of the tokens
-    looked up here, or 0 where none are.
+    channels: of the image; width: of this level's features; parent_width: of its parents';
+    token_width: of the tokens looked up here, or 0 where none are.
     """
 
     def __init__(

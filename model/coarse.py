@@ -1,8 +1,11 @@
 """The coarse lattice: diffusers' U-Net on the exact area means, steered by tokens.
 
-Tokens enter twice: attended to at the coarse resolutions (softmax cross-attention over all tokens with their places), and
-looked up at every cell of the input. The first can relate distant places, the second says at once what is where.
+Tokens enter twice: attended to at the coarse resolutions (softmax cross-attention over all tokens
+with their places), and looked up at every cell of the input. The first can relate distant places,
+the second says at once what is where.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ class CoarseNet(nn.Module):
         cells = self.patch**2
         attended = config.unet_attention
         plain = len(config.unet_widths) - attended
-        self.unet = UNet2DConditionModel(
+        self.unet: Any = UNet2DConditionModel(
             in_channels=cells * (config.channels + 1) + config.token_width,
             out_channels=cells * (config.channels + config.lattice_width),
             block_out_channels=config.unet_widths,
@@ -51,7 +54,8 @@ class CoarseNet(nn.Module):
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b f h w"]]:
         """F and features at every cell.
 
-        `values` are preconditioned observations; `looked_up` are tokens at the patches of the padded lattice.
+        `values` are preconditioned observations; `looked_up` are tokens at the patches of the
+        padded lattice.
         """
         h, w = values.shape[-2:]
         x = F.pad(

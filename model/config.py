@@ -1,7 +1,7 @@
 """Every choice of a denoiser as one field of one frozen dataclass, and the presets.
 
-An ablation is one field. What a run resolved to is saved beside its weights as JSON and read back with
-`config_from_dict`, which refuses keys it does not know.
+An ablation is one field. What a run resolved to is saved beside its weights as JSON and read back
+with `config_from_dict`, which refuses keys it does not know.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,14 +12,14 @@ from typing import Any
 class PyramidConfig:
     """Sizes of a `denoiser.PyramidDenoiser`.
 
-    channels: bands of the image. token_dim: width of the condition's embeddings.
-    coarse_level: level of the lattice; 5 is cells of 32 px.
-    widths, blocks: feature widths and numbers of local blocks of levels coarse_level - 1 ... 0 (coarse to fine).
-    kernel: side of the depthwise kernels, odd.
-    lookup_level: finest level at which tokens are looked up; finer levels inherit them from their parents.
-    lattice_width: features that the U-Net hands down. lattice_patch: cells a side that it takes as one.
-    unet_widths: channels at its resolutions. unet_attention: how many of them, from the coarsest, attend to the
-    tokens. unet_layers, unet_head_dim, unet_groups: layers a resolution, width of a head, groups of GroupNorm.
+    channels: bands of the image. token_dim: width of the condition's embeddings. coarse_level:
+    level of the lattice; 5 is cells of 32 px. widths, blocks: feature widths and numbers of local
+    blocks of levels coarse_level - 1 ... 0 (coarse to fine). kernel: side of the depthwise
+    kernels, odd. lookup_level: finest level at which tokens are looked up; finer levels inherit
+    them from their parents. lattice_width: features that the U-Net hands down. lattice_patch:
+    cells a side that it takes as one. unet_widths: channels at its resolutions. unet_attention:
+    how many of them, from the coarsest, attend to the tokens. unet_layers, unet_head_dim,
+    unet_groups: layers a resolution, width of a head, groups of GroupNorm.
     """
 
     channels: int
@@ -75,13 +75,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_width": 512,
         "lattice_width": 256,
         "lattice_patch": 1,
-        "unet_widths": (128, 256, 512, 896, 896),
+        "unet_widths": (128, 256, 512, 864, 864),
         "unet_layers": 2,
         "unet_head_dim": 64,
         "unet_groups": 32,
     },
 }
-"""What a preset changes: `tiny` trains on two CPU cores, `brush` has the published size of 450M parameters."""
+"""What a preset changes: `tiny` trains on two CPU cores, `brush` has the published size of 450M
+parameters.
+"""
 
 
 def preset(name: str, *, channels: int, token_dim: int) -> PyramidConfig:
@@ -96,6 +98,7 @@ def config_from_dict(values: dict[str, Any]) -> PyramidConfig:
     unknown = sorted(set(values) - {field.name for field in fields(PyramidConfig)})
     if unknown:
         raise ValueError(f"the denoiser's configuration has unknown keys {unknown}")
-    return PyramidConfig(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    )
+    resolved: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+    }
+    return PyramidConfig(**resolved)

@@ -1,13 +1,14 @@
 """The pyramid denoiser: a U-Net on the exact coarse means, then level by level down to the pixel.
 
-Observed is y = u_t / sqrt(abar) as area means over cells. At the coarse lattice (cells of 32 px) a U-Net with cross-attention
-to the tokens estimates u_0's means. Each finer level predicts its values from its parents by their slopes, corrects that
-with its own observed details (a Wiener step), and then with a small local network that sees its parents' features: three
-terms, of which only the last is learned. Siblings' details sum to zero, so that a cell's estimate *is* the mean of the
-estimates below it; the layout is decided at the lattice and never contradicted by the pixels.
+Observed is y = u_t / sqrt(abar) as area means over cells. At the coarse lattice (cells of 32 px) a
+U-Net with cross-attention to the tokens estimates u_0's means. Each finer level predicts its
+values from its parents by their slopes, corrects that with its own observed details (a Wiener
+step), and then with a small local network that sees its parents' features: three terms, of which
+only the last is learned. Siblings' details sum to zero, so that a cell's estimate *is* the mean of
+the estimates below it; the layout is decided at the lattice and never contradicted by the pixels.
 
-In training levels are windows (`design.ZoomDesign`), in generation they are dense; the same `descend` computes both, and
-both meet the same statistics.
+In training levels are windows (`design.ZoomDesign`), in generation they are dense; the same
+`descend` computes both, and both meet the same statistics.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from model.process import Octaves, precondition
 
 @dataclass(frozen=True)
 class Layer:
-    """What one level knows on a rectangle of its cells, channels-last; the parents of the next level.
+    """What one level knows on a rectangle of its cells, channels-last; the parents of the next
+    level.
 
     estimate: x0_hat, standardised. features: handed down. present: 1 where a cell exists, else 0.
     """
@@ -38,7 +40,9 @@ class Layer:
     def crop(
         self, index: Int64[Tensor, " n"], origins: Int64[Tensor, "n 2"], side: tuple[int, int]
     ) -> "Layer":
-        """Rectangles of `side` cells at `origins` of the images `index`; absent where they stick out."""
+        """Rectangles of `side` cells at `origins` of the images `index`; absent where they stick
+        out.
+        """
         parts = (self.estimate, self.features, self.present)
         cropped = crop(torch.cat(parts, dim=-1), index, origins, side)
         return Layer(*cropped.split([part.shape[-1] for part in parts], dim=-1))
@@ -94,7 +98,8 @@ def crop(
 class PyramidDenoiser(nn.Module):
     """x0_hat at every cell of every level from y = u_t / sqrt(abar), tokens and the log-SNR.
 
-    Levels run from config.coarse_level (`lattice`) to 0 (`descend`); lengths are pixels of the training resolution.
+    Levels run from config.coarse_level (`lattice`) to 0 (`descend`); lengths are pixels of the
+    training resolution.
     """
 
     def __init__(self, config: PyramidConfig, octaves: Octaves) -> None:
@@ -168,7 +173,8 @@ class PyramidDenoiser(nn.Module):
         tokens: Tokens,
         index: Int64[Tensor, " n"],
     ) -> Descent:
-        """One level finer, on rectangles whose first cells are `origins` (even) of the images `index`.
+        """One level finer, on rectangles whose first cells are `origins` (even) of the images
+        `index`.
 
         `parents` cover the same rectangles with a margin of one parent cell on every side.
         """

@@ -1,15 +1,18 @@
-"""Designs: which cells of an image one training sample draws, never more than its budget of values.
+"""Designs: which cells of an image one training sample draws, never more than its budget of
+values.
 
-The `zoom` design draws the whole coarse lattice (area means over cells of 32 px, say) and *chains*: from the lattice
-down to the pixel one window of w x w cells a level, each inside the valid interior of the one above it, around random
-places. A denoiser that works level by level then meets in training exactly the statistics it meets when every level is
-dense: the same cell sizes, exact means, complete neighbourhoods. 65,536 uniform pixels of 4096^2 would leave 83 % of
-them without one neighbour in a 7x7 kernel.
+The `zoom` design draws the whole coarse lattice (area means over cells of 32 px, say) and
+*chains*: from the lattice down to the pixel one window of w x w cells a level, each inside the
+valid interior of the one above it, around random places. A denoiser that works level by level then
+meets in training exactly the statistics it meets when every level is dense: the same cell sizes,
+exact means, complete neighbourhoods. 65,536 uniform pixels of 4096^2 would leave 83 % of them
+without one neighbour in a 7x7 kernel.
 
-Windows are placed from the pixel upwards. The level-0 window takes every position that touches the image with equal
-probability, so every pixel is drawn equally often (border pixels too), and each coarser window is placed uniformly
-among those whose interior holds its child. A window that sticks out of the image keeps its size; its outer cells are
-absent and say so. A draw is a pure function of its key.
+Windows are placed from the pixel upwards. The level-0 window takes every position that touches the
+image with equal probability, so every pixel is drawn equally often (border pixels too), and each
+coarser window is placed uniformly among those whose interior holds its child. A window that sticks
+out of the image keeps its size; its outer cells are absent and say so. A draw is a pure function
+of its key.
 """
 
 from dataclasses import dataclass
@@ -22,10 +25,10 @@ from jaxtyping import Int64
 class ZoomDesign:
     """The nested draw: one coarse lattice and `chains` chains of windows.
 
-    points: budget of values for one image (cells; each has all channels).
-    coarse_level: level of the lattice; chains run over levels coarse_level - 1 ... 0.
-    window: side of a window in cells, even.
-    halo: cells at a window's rim whose estimate lacks neighbours; they are neither scored nor passed on.
+    points: budget of values for one image (cells; each has all channels). coarse_level: level of
+    the lattice; chains run over levels coarse_level - 1 ... 0. window: side of a window in cells,
+    even. halo: cells at a window's rim whose estimate lacks neighbours; they are neither scored
+    nor passed on.
     """
 
     points: int = 65_536
@@ -36,7 +39,8 @@ class ZoomDesign:
     def __post_init__(self) -> None:
         if self.window % 2 or self.window < 4 * self.halo + 4:
             raise ValueError(
-                f"a window of {self.window} cells with a halo of {self.halo} cannot hold its child: "
+                f"a window of {self.window} cells with a halo of {self.halo} cannot hold its "
+                "child: "
                 f"it must be even and at least {4 * self.halo + 4} cells"
             )
 
@@ -46,8 +50,10 @@ class ZoomDesign:
         number = (self.points - lattice) // (self.coarse_level * self.window**2)
         if number < 1:
             raise ValueError(
-                f"{self.points} points cannot hold the {lattice} lattice cells of a {height_px}x{width_px} "
-                f"region and one chain of {self.coarse_level} windows of {self.window}x{self.window}; "
+                f"{self.points} points cannot hold the {lattice} lattice cells of a "
+                f"{height_px}x{width_px} "
+                f"region and one chain of {self.coarse_level} windows of "
+                f"{self.window}x{self.window}; "
                 f"ask for --points {lattice + self.coarse_level * self.window**2} or more"
             )
         return number

@@ -1,16 +1,19 @@
-"""Generation over a `Field`: one tile or a million, the same code, and the same image up to rounding.
+"""Generation over a `Field`: one tile or a million, the same code, and the same image up to
+rounding.
 
-A field is a u_t that can be read and written by rectangles. One evaluation of the denoiser takes the exact area means of
-u_t at 8 px cells and coarser (held whole: image / 64), evaluates the lattice and the levels above the tiles once, and
-then tile by tile the finer levels, each tile with the halo that its blocks declare. Every coupling is local, or on the
-lattice, so that the tiling changes nothing. Memory is O(tile + image / 64); fields may live on disk.
+A field is a u_t that can be read and written by rectangles. One evaluation of the denoiser takes
+the exact area means of u_t at 8 px cells and coarser (held whole: image / 64), evaluates the
+lattice and the levels above the tiles once, and then tile by tile the finer levels, each tile with
+the halo that its blocks declare. Every coupling is local, or on the lattice, so that the tiling
+changes nothing. Memory is O(tile + image / 64); fields may live on disk.
 
-Noise is the keyed field of `noise`, a function of place: enlarging the image or changing the tiles keeps its values.
+Noise is the keyed field of `noise`, a function of place: enlarging the image or changing the tiles
+keeps its values.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,8 +28,11 @@ from model.noise import NoiseTree
 from model.solver import Solver, Step
 
 
+@runtime_checkable
 class Field(Protocol):
-    """u_t on the cells of one level: (channels, height, width) values that are read and written by boxes."""
+    """u_t on the cells of one level: (channels, height, width) values that are read and written by
+    boxes.
+    """
 
     shape: tuple[int, int, int]
 
@@ -66,9 +72,10 @@ class ArrayField:
 class Painter:
     """A denoiser with a condition, ready to be evaluated over fields.
 
-    base_level: level of the field's cells; 0 paints pixels, 1 the same image at half its resolution.
-    guidance: classifier-free guidance, x0 = null + guidance (conditional - null); 1 evaluates the condition alone.
-    tile: side of a tile in cells of the field, a multiple of the coarse cell.
+    base_level: level of the field's cells; 0 paints pixels, 1 the same image at half its
+    resolution. guidance: classifier-free guidance, x0 = null + guidance (conditional - null); 1
+    evaluates the condition alone. tile: side of a tile in cells of the field, a multiple of the
+    coarse cell.
     """
 
     denoiser: PyramidDenoiser
@@ -94,29 +101,31 @@ class Painter:
         self, field: Field, log_snr: float
     ) -> Iterator[tuple[Box, Float[Tensor, "c h w"], Float[Tensor, "c h w"]]]:
         """(box, u_t, x0_hat) of every tile, in order; the field must not change meanwhile."""
-        device = next(self.denoiser.parameters()).device
+        like = next(self.denoiser.parameters())
         sides = (
             [self.condition]
             if self.guidance == 1.0
             else [self.condition.dropped(), self.condition]
         )
         scale = (1.0 + np.exp(-log_snr)) ** 0.5
-        means = self._means(field, scale, device)
+        means = self._means(field, scale, like)
         evaluations = [
-            _Evaluation(self, tokens, means, torch.full((1,), log_snr, device=device), field.shape)
+            _Evaluation(self, tokens, means, torch.full((1,), log_snr, device=like.device, dtype=like.dtype), field.shape)
             for tokens in (self.denoiser.encode(side) for side in sides)
         ]
         for box in tiles(*field.shape[1:], self.tile, level=self.base_level):
             needed = self.needed(box)
             wide = self.widest(box, needed)
-            u = field.read(wide).to(device)
+            u = field.read(wide).to(like)
             estimates = [evaluation.tile(box, needed, u * scale) for evaluation in evaluations]
             x0 = torch.lerp(estimates[0], estimates[-1], self.guidance)
             ys, xs = box.slices_in(wide)
             yield box, u[:, ys, xs], x0
 
     def needed(self, box: Box) -> list[Box]:
-        """The cells of every level below the held one, whole families, that an estimate on `box` depends on."""
+        """The cells of every level below the held one, whole families, that an estimate on `box`
+        depends on.
+        """
         boxes = []
         for level in range(self.base_level, self.held_level):
             box = box.grow(self.denoiser.config.halo).cover(level + 1)
@@ -128,14 +137,14 @@ class Painter:
         """The field's cells that cover all of `needed`."""
         return needed[-1].refine(self.base_level) if needed else box
 
-    def _means(self, field: Field, scale: float, device: torch.device) -> Float[Tensor, "1 h w c"]:
+    def _means(self, field: Field, scale: float, like: Tensor) -> Float[Tensor, "1 h w c"]:
         """Area means of y = u_t / sqrt(abar) at the held level."""
         down = self.held_level - self.base_level
         c, h, w = field.shape
-        means = torch.empty(c, h >> down, w >> down, device=device)
+        means = torch.empty(c, h >> down, w >> down, device=like.device, dtype=like.dtype)
         for box in tiles(h, w, max(self.tile, 1024), level=self.base_level):
             coarse = box.cover(self.held_level)
-            values = field.read(box).to(device)
+            values = field.read(box).to(like)
             ys = slice(coarse.y, coarse.y + coarse.height)
             xs = slice(coarse.x, coarse.x + coarse.width)
             means[:, ys, xs] = F.avg_pool2d(values, 1 << down) * scale
@@ -143,7 +152,7 @@ class Painter:
 
 
 class _Evaluation:
-    """One evaluation under one condition: the held levels, computed at once, and tiles below them."""
+    """One evaluation under one condition: the held levels at once, and tiles below them."""
 
     def __init__(
         self,
@@ -221,7 +230,9 @@ def _pool(values: Float[Tensor, "1 h w c"]) -> Float[Tensor, "1 h2 w2 c"]:
 def start(
     field: Field, tree: NoiseTree, seed: int, log_snr: float, *, level: int = 0, tile: int = 512
 ) -> None:
-    """Write u at the first log-SNR, where nothing of u_0 is left: sqrt(1 - abar) times the keyed noise."""
+    """Write u at the first log-SNR, where nothing of u_0 is left: sqrt(1 - abar) times the keyed
+    noise.
+    """
     sigma = (1.0 + np.exp(log_snr)) ** -0.5
     for box in tiles(*field.shape[1:], tile, level=level):
         field.write(box, tree.box(seed, box) * sigma)
@@ -229,9 +240,11 @@ def start(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The state of a generation: u_t, the field that receives u at the next step, and the last estimate of u_0.
+    """The state of a generation: u_t, the field that receives u at the next step, and the last
+    estimate of u_0.
 
-    `estimate` is needed only by solvers that remember; the same three fields serve a whole trajectory.
+    `estimate` is needed only by solvers that remember; the same three fields serve a whole
+    trajectory.
     """
 
     current: Field
@@ -246,7 +259,8 @@ def advance(
     state: Trajectory,
     report: Callable[[int], None] = lambda cells: None,
 ) -> None:
-    """One step of the solver: reads `state.current`, writes `state.following` (and the estimate), tile by tile.
+    """One step of the solver: reads `state.current`, writes `state.following` (and the estimate),
+    tile by tile.
 
     `report` is told the cells done.
     """

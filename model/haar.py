@@ -1,10 +1,12 @@
 """From one level to the next: area means, details and slopes.
 
-A level's values are its parents' means plus *details* whose mean over the four siblings is zero (the Haar basis). A
-smooth image has predictable details: on a ramp they follow from the slope between the neighbouring parents. So a level
-is predicted as parent + slope, and only what is left is worth a network.
+A level's values are its parents' means plus *details* whose mean over the four siblings is zero
+(the Haar basis). A smooth image has predictable details: on a ramp they follow from the slope
+between the neighbouring parents. So a level is predicted as parent + slope, and only what is left
+is worth a network.
 
-Tensors are channels-last, (b, h, w, c): 1x1 layers are plain matrix products and depthwise convolutions run fastest.
+Tensors are channels-last, (b, h, w, c): 1x1 layers are plain matrix products and depthwise
+convolutions run fastest.
 """
 
 import torch.nn.functional as F

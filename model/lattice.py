@@ -1,9 +1,10 @@
 """Dyadic cells: the one coordinate type of the project.
 
-An image is a function u observed through its area means over *cells*. A cell (level, y, x) is the square of
-2^level x 2^level pixels whose corner is pixel (y 2^level, x 2^level); level 0 is the pixel itself. The random pixels of
-a training draw are cells of level 0, a thumbnail is all cells of one level, a window is a rectangle of cells. A cell's
-four children tile it, so the mean over a cell is the mean of the means over its children.
+An image is a function u observed through its area means over *cells*. A cell (level, y, x) is the
+square of 2^level x 2^level pixels whose corner is pixel (y 2^level, x 2^level); level 0 is the
+pixel itself. The random pixels of a training draw are cells of level 0, a thumbnail is all cells
+of one level, a window is a rectangle of cells. A cell's four children tile it, so the mean over a
+cell is the mean of the means over its children.
 
 Everything here is numpy only, so that ingest and packing use it on machines without torch.
 """
@@ -84,7 +85,7 @@ class Box:
 
 
 def level_shape(height_px: int, width_px: int, level: int) -> tuple[int, int]:
-    """Cells of `level` that an image of height x width pixels touches: ceil(n / 2^level) each way."""
+    """Cells of `level` that an image touches: ceil(n / 2^level) each way."""
     return -(-height_px >> level), -(-width_px >> level)
 
 

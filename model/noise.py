@@ -1,17 +1,20 @@
-"""White noise as a random field on the dyadic tree, known at any cell of any level without touching its pixels.
+"""White noise as a random field on the dyadic tree, known at any cell of any level without
+touching its pixels.
 
-The field is a pure function of (seed, stream, y, x, channel) on the infinite lattice. The mean over a cell of the top
-level is a keyed normal; below it, one call of Philox-4x32-10 (Salmon et al., SC 2011) at a cell gives four normals n_i,
-and its children are
+The field is a pure function of (seed, stream, y, x, channel) on the infinite lattice. The mean
+over a cell of the top level is a keyed normal; below it, one call of Philox-4x32-10 (Salmon et
+al., SC 2011) at a cell gives four normals n_i, and its children are
 
     child_i = parent + 2^-j (n_i - mean(n)) ,       j = level of the children,
 
-so that the mean of the children *is* the parent and the leaves are exactly iid N(0, 1) when the top's variance is
-4^-top. A cell's mean therefore costs O(levels) calls, and a window, a tile and the whole image hold the same values.
+so that the mean of the children *is* the parent and the leaves are exactly iid N(0, 1) when the
+top's variance is 4^-top. A cell's mean therefore costs O(levels) calls, and a window, a tile and
+the whole image hold the same values.
 
-`floored` noise keeps white noise below the coarse cell and raises each octave above it to a variance of at least f:
-white noise is so small in the coarse octaves that the layout of an image would be decided in the last steps of a
-trajectory. The whole is normalised once, to unit variance at the pixel.
+`floored` noise keeps white noise below the coarse cell and raises each octave above it to a
+variance of at least f: white noise is so small in the coarse octaves that the layout of an image
+would be decided in the last steps of a trajectory. The whole is normalised once, to unit variance
+at the pixel.
 """
 
 import math
@@ -32,11 +35,13 @@ _ROUNDS = 10
 def philox_4x32(
     counter: tuple[Int64[Tensor, "..."], ...], key: tuple[Int64[Tensor, "..."], ...]
 ) -> tuple[Int64[Tensor, "..."], ...]:
-    """Philox-4x32-10: four 32-bit words (held in int64) from a counter of four and a key of two words."""
+    """Philox-4x32-10: four 32-bit words (held in int64) from a counter of four and a key of two
+    words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The low 64 bits of the product are right although int64 wraps; the shift's sign bits are masked.
+        # The low 64 bits of a product are right although int64 wraps; sign bits are masked.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((second >> 32) & _MASK) ^ c1 ^ k0,
@@ -64,7 +69,8 @@ class NoiseSpectrum:
 
     top_level: level whose cells have independent means; at least the level of the training region.
     coarse_level: cells of this level and finer octaves are white; coarser octaves are floored.
-    floor: f, the least variance of an octave's detail (and of the top mean) from coarse_level up; 0 is white noise.
+    floor: f, the least variance of an octave's detail (and of the top mean) from coarse_level up;
+    0 is white noise.
     """
 
     top_level: int = 12
@@ -98,7 +104,8 @@ class NoiseSpectrum:
 class NoiseTree:
     """The field: means over cells, by recursion from the top of the tree.
 
-    Every method takes a batch of seeds, one field each. Values are float64 inside and float32 outside.
+    Every method takes a batch of seeds, one field each. Values are float64 inside and float32
+    outside.
     """
 
     spectrum: NoiseSpectrum
@@ -130,7 +137,7 @@ class NoiseTree:
         """Means over top cells at rows y and columns x."""
         std = math.sqrt(self.spectrum.mean_variance(self.spectrum.top_level))
         words = self._words(seeds, self.spectrum.top_level, y, x)
-        # Level `top_level` keys the top means, levels below it their children: no counter is used twice.
+        # Children are keyed by their own level, below top_level: no counter is used twice.
         return _normals(words)[..., 0] * std
 
     def children(
@@ -140,7 +147,9 @@ class NoiseTree:
         level: int,
         origins: Int64[Tensor, "b 2"],
     ) -> Float[Tensor, "b c h2 w2"]:
-        """The 2h x 2w cells of `level` inside h x w parents whose first cell (of level + 1) is `origins`."""
+        """The 2h x 2w cells of `level` inside h x w parents whose first cell (of level + 1) is
+        `origins`.
+        """
         b, c, h, w = parents.shape
         y = origins[:, :1] + torch.arange(h, device=parents.device)
         x = origins[:, 1:] + torch.arange(w, device=parents.device)

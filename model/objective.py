@@ -1,9 +1,10 @@
 """The training objective on a draw of cells.
 
-A draw holds exact area means of u_0 at the coarse lattice and in nested windows. Noise is evaluated at the same cells,
-and only there: along a chain each window's noise refines that of the window above it, one Philox call a parent. The loss
-is the sum over levels of the mean squared error of F (see `process`), over cells that exist and have all their
-neighbours; at the lattice every cell does.
+A draw holds exact area means of u_0 at the coarse lattice and in nested windows. Noise is
+evaluated at the same cells, and only there: along a chain each window's noise refines that of the
+window above it, one Philox call a parent. The loss is the sum over levels of the mean squared
+error of F (see `process`), over cells that exist and have all their neighbours; at the lattice
+every cell does.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from model.noise import NoiseTree
 
 @dataclass(frozen=True)
 class Draw:
-    """Standardised area means of a batch of images at the cells of a `zoom` draw, zero where absent.
+    """Standardised area means of a batch of images at the cells of a `zoom` draw, zero where
+    absent.
 
-    windows[:, :, l] and origins[:, :, l] belong to level l, 0 <= l < coarse level; origins are (y, x) in cells of it.
+    windows[:, :, l] and origins[:, :, l] belong to level l, 0 <= l < coarse level; origins are (y,
+    x) in cells of it.
     """
 
     lattice: Float[Tensor, "b hl wl c"]
@@ -43,14 +46,18 @@ class Draw:
 
 @dataclass(frozen=True)
 class DrawNoise:
-    """Noise means at the cells of a draw, in the draw's layout; `windows[l]` is level l of all chains."""
+    """Noise means at the cells of a draw, in the draw's layout; `windows[l]` is level l of all
+    chains.
+    """
 
     lattice: Float[Tensor, "b hl wl c"]
     windows: list[Float[Tensor, "n w w c"]]
 
 
 def draw_noise(tree: NoiseTree, seeds: Int64[Tensor, " b"], draw: Draw) -> DrawNoise:
-    """The fields named by `seeds` at the cells of `draw`; zero at window cells without a parent in the draw."""
+    """The fields named by `seeds` at the cells of `draw`; zero at window cells without a parent in
+    the draw.
+    """
     b, chains, levels, window = draw.windows.shape[:4]
     hl, wl = draw.lattice.shape[1:3]
     lattice = tree.boxes(seeds, Box(levels, 0, 0, hl, wl)).permute(0, 2, 3, 1)

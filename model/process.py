@@ -1,17 +1,18 @@
 """The forward process, its bookkeeping per octave, and what the network is asked to estimate.
 
-    q(u_t | u_0) = N( sqrt(abar_t) u_0 , (1 - abar_t) C ) ,       lambda = log( abar / (1 - abar) )        (log-SNR)
+    q(u_t | u_0) = N( sqrt(abar_t) u_0 , (1 - abar_t) C ),    lambda = log( abar / (1 - abar) )
 
-Time is the log-SNR itself: abar = sigmoid(lambda). In the Haar basis u splits into octaves, and each has a log-SNR of its
-own, lambda + ln(signal variance / noise variance): a coarse octave drowns in white noise long after a fine one has.
-So training draws lambda uniformly over a range in which every octave goes from drowned to clean, sampling steps
-through the same range, and each octave is preconditioned at its own noise level (Karras et al., 2022, Table 1): with
-y = u_t / sqrt(abar) = u_0 + sigma xi, signal variance S and noise variance N = sigma^2 n,
+Time is the log-SNR lambda itself: abar = sigmoid(lambda). In the Haar basis u splits into octaves,
+and each has a log-SNR of its own, lambda + ln(signal variance / noise variance): a coarse octave
+drowns in white noise long after a fine one has. So training draws lambda uniformly over a range in
+which every octave goes from drowned to clean, sampling steps through the same range, and each
+octave is preconditioned at its own noise level (Karras et al., 2022, Table 1): with y = u_t /
+sqrt(abar) = u_0 + sigma xi, signal variance S and noise variance N = sigma^2 n,
 
-    x0_hat = mu + c_skip (y - mu) + c_out F ,    c_skip = S / (S + N),    c_out = sqrt(S N / (S + N)),
+    x0_hat = mu + c_skip (y - mu) + c_out F,    c_skip = S / (S + N),    c_out^2 = S N / (S + N),
 
-where mu is what the coarser levels predict; F has unit variance as input, as output and in the loss. The sum over levels
-of the mean loss at each is Theorem 1's norm C^{-1/2} in the Haar basis.
+where mu is what the coarser levels predict; F has unit variance as input, as output and in the
+loss. The sum over levels of the mean loss at each is Theorem 1's norm C^{-1/2} in the Haar basis.
 """
 
 from dataclasses import dataclass
@@ -36,9 +37,9 @@ def alpha_sigma(
 class Octaves:
     """Signal and noise variance of every octave, in standardised units (mean over bands).
 
-    signal[l]: variance of the detail at level l (cell minus parent), mean over channels and images;
+    signal[l]: variance of the detail at level l (cell minus parent), mean over bands and images;
         signal[-1] is the variance of the mean over the whole region.
-    residual[l], l < coarse_level: variance of the detail minus its prediction by slopes (`haar.slope_detail`).
+    residual[l], l < coarse_level: variance of the detail without what slopes predict of it.
     noise: the noise's spectrum; its top level is len(signal) - 1.
     """
 
@@ -49,7 +50,8 @@ class Octaves:
     def __post_init__(self) -> None:
         if len(self.signal) != self.noise.top_level + 1:
             raise ValueError(
-                f"{len(self.signal)} signal variances do not fit a noise tree of top level {self.noise.top_level}"
+                f"{len(self.signal)} signal variances do not fit a noise tree of top level "
+                f"{self.noise.top_level}"
             )
 
     @property
@@ -59,14 +61,17 @@ class Octaves:
     def variances(self, level: int) -> tuple[float, float]:
         """(signal, noise) variance of what the network estimates at `level`.
 
-        Below the coarse level that is the detail without its slopes; at the coarse level the lattice's values.
+        Below the coarse level that is the detail without its slopes; at the coarse level the
+        lattice's values.
         """
         if level < self.coarse_level:
             return max(self.residual[level], _LEAST_VARIANCE), self.noise.detail_variance(level)
         return sum(self.signal[level:]), self.noise.mean_variance(level)
 
     def offset(self, level: int) -> float:
-        """ln(signal variance / noise variance) of one octave; the octave's log-SNR is lambda plus this."""
+        """ln(signal variance / noise variance) of one octave; the octave's log-SNR is lambda plus
+        this.
+        """
         top = self.noise.top_level
         noise = (
             self.noise.mean_variance(top) if level == top else self.noise.detail_variance(level)

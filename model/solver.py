@@ -1,15 +1,18 @@
-"""Solvers: one step along the probability-flow ODE, from one log-SNR to the next, given the estimate of u_0.
+"""Solvers: one step along the probability-flow ODE, from one log-SNR to the next, given the
+estimate of u_0.
 
-A solver is a pure function of a few values at one place, so that it runs tile by tile. In y-free form, with
-alpha = sqrt(abar), sigma = sqrt(1 - abar) and h = (lambda_next - lambda) / 2:
+A solver is a pure function of a few values at one place, so that it runs tile by tile. In y-free
+form, with alpha = sqrt(abar), sigma = sqrt(1 - abar) and h = (lambda_next - lambda) / 2:
 
-    DDIM (Song et al., 2021)             u' = sigma'/sigma u + alpha' (1 - e^-h) x0_hat              first order
-    DPM-Solver++(2M) (Lu et al., 2022)   the same with x0_hat + (x0_hat - x0_hat_before) h / (2 h_before)   second order
+    DDIM (Song et al., 2021), first order:
+        u' = sigma'/sigma u + alpha' (1 - e^-h) x0_hat
+    DPM-Solver++(2M) (Lu et al., 2022), second order:
+        the same with x0_hat + (x0_hat - x0_hat_before) h / (2 h_before)
 """
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,10 +27,12 @@ class Step:
     after: float
 
 
+@runtime_checkable
 class Solver(Protocol):
     """u at log-SNR `step.now` -> u at `step.after`.
 
-    `remembers` says whether the estimate of the step before is wanted; it is None at the first step in any case.
+    `remembers` says whether the estimate of the step before is wanted; it is None at the first
+    step in any case.
     """
 
     remembers: bool
@@ -71,7 +76,9 @@ class DDIM:
 
 
 class DPMSolverPP2M:
-    """DPM-Solver++(2M): the estimate extrapolated to the middle of the step; second order, deterministic."""
+    """DPM-Solver++(2M): the estimate extrapolated to the middle of the step; second order,
+    deterministic.
+    """
 
     remembers = True
 
@@ -89,7 +96,9 @@ class DPMSolverPP2M:
 
 
 def uniform_steps(low: float, high: float, steps: int) -> list[Step]:
-    """`steps` steps, uniform in log-SNR, from `low` to `high`; u at `high` is still to be denoised once more."""
+    """`steps` steps, uniform in log-SNR, from `low` to `high`; u at `high` is still to be denoised
+    once more.
+    """
     if steps < 1:
         raise ValueError(f"a trajectory needs at least one step, but {steps} were asked for")
     grid = [low + (high - low) * i / steps for i in range(steps + 1)]

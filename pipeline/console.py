@@ -1,9 +1,10 @@
 """How every command of the project behaves at a terminal.
 
-A command is a frozen dataclass (its fields are the options, their docstrings the help) and a body. The body returns an
-exit code: 0 all done, 3 finished but some inputs failed. A `ValueError` is the user's mistake: its sentence goes to
-standard error and the exit code is 2. Whatever takes long shows progress, and files that mark progress are replaced by
-rename so that a killed process never leaves half of one.
+A command is a frozen dataclass (its fields are the options, their docstrings the help) and a body.
+The body returns an exit code: 0 all done, 3 finished but some inputs failed. A `ValueError` is the
+user's mistake: its sentence goes to standard error and the exit code is 2. Whatever takes long
+shows progress, and files that mark progress are replaced by rename so that a killed process never
+leaves half of one.
 """
 
 import json
@@ -29,7 +30,9 @@ EXIT_DONE, EXIT_USAGE, EXIT_PARTIAL = 0, 2, 3
 def run(
     config: type[C], body: Callable[[C], int], argv: Sequence[str] | None = None, *, prog: str
 ) -> int:
-    """Parse `argv` into `config` and run `body`; a user's mistake becomes one sentence and exit code 2."""
+    """Parse `argv` into `config` and run `body`; a user's mistake becomes one sentence and exit
+    code 2.
+    """
     try:
         options = tyro.cli(config, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
@@ -63,7 +66,8 @@ def progress(items: Iterable[T], *, total: int, desc: str) -> Iterator[T]:
 
 @contextmanager
 def counter(*, total: int, desc: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of a counted amount of work: call the result with (where to start from, amount done).
+    """Progress of a counted amount of work: call the result with (where to start from, amount
+    done).
 
     The first number only moves the count forward, as when earlier work was found done.
     """
@@ -104,13 +108,16 @@ def write_bytes_atomic(path: Path, payload: bytes) -> None:
 
 
 def check_free_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise a `ValueError` when the disk that will hold `folder` has less than `needed_bytes` free."""
+    """Raise a `ValueError` when the disk that will hold `folder` has less than `needed_bytes`
+    free.
+    """
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise ValueError(
-            f"{folder} needs about {needed_bytes / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free; "
+            f"{folder} needs about {needed_bytes / 1e9:.2f} GB but its disk has {free / 1e9:.2f} "
+            "GB free; "
             "make room or choose another folder"
         )

@@ -1,6 +1,7 @@
 """From the pixels of one region to what packs hold: exact area means at the cells of a draw.
 
-Means are sums of integers over whole cells, divided once; nothing passes through the rounded pyramid of the store.
+Means are sums of integers over whole cells, divided once; nothing passes through the rounded
+pyramid of the store.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pipeline.packfile import ABSENT
 
 @dataclass(frozen=True)
 class RegionLevels:
-    """Sums over the cells of every level 0 ... coarse of one region, and which cells are wholly valid.
+    """Sums over the cells of every level 0 ... coarse of one region, and which cells are wholly
+    valid.
 
     sums[l]: channels-last integers; a cell's mean is sums[l] / 4^l.
     """
@@ -27,7 +29,9 @@ class RegionLevels:
     def of(
         cls, pixels: np.ndarray, valid: Bool[np.ndarray, "h w"], coarse_level: int
     ) -> "RegionLevels":
-        """Levels of channel-first uint8 or uint16 pixels; sides must be multiples of 2^coarse_level."""
+        """Levels of channel-first uint8 or uint16 pixels; sides must be multiples of
+        2^coarse_level.
+        """
         sums = [np.ascontiguousarray(pixels.transpose(1, 2, 0)).astype(np.uint32)]
         masks = [valid]
         for _ in range(coarse_level):
@@ -41,10 +45,12 @@ class RegionLevels:
         return self.sums[level] / 4.0**level
 
     def fixed_point(
-        self, level: int, y: int, x: int, height: int, width: int, scale: int
-    ) -> UInt16[np.ndarray, "height width c"]:
-        """Means x scale of a window that may stick out of the region; `ABSENT` where cells are absent."""
-        values = self.sums[level]
+        self, level: int, corner: tuple[int, int], shape: tuple[int, int], scale: int
+    ) -> UInt16[np.ndarray, "hw ww c"]:
+        """Means x scale of a window that may stick out of the region; `ABSENT` where cells are
+        absent.
+        """
+        values, (y, x), (height, width) = self.sums[level], corner, shape
         h, w, c = values.shape
         out = np.full((height, width, c), ABSENT, np.uint16)
         top, left, bottom, right = max(y, 0), max(x, 0), min(y + height, h), min(x + width, w)
@@ -64,8 +70,8 @@ class RegionLevels:
             [
                 np.stack(
                     [
-                        self.fixed_point(level, *origin, window, window, scale)
-                        for level, origin in enumerate(chain.tolist())
+                        self.fixed_point(level, (int(y), int(x)), (window, window), scale)
+                        for level, (y, x) in enumerate(chain)
                     ]
                 )
                 for chain in origins
@@ -75,7 +81,7 @@ class RegionLevels:
     def lattice(self, scale: int) -> UInt16[np.ndarray, "hl wl c"]:
         """The whole coarse level, fixed point."""
         level = len(self.sums) - 1
-        return self.fixed_point(level, 0, 0, *self.sums[level].shape[:2], scale)
+        return self.fixed_point(level, (0, 0), self.valid[level].shape, scale)
 
 
 Energy = tuple[float, Float64[np.ndarray, "c c"]]
@@ -114,7 +120,7 @@ class Moments:
         while min(valid.shape) > 1:
             h, w = valid.shape[0] // 2 * 2, valid.shape[1] // 2 * 2
             parents = means[:h, :w].reshape(h // 2, 2, w // 2, 2, -1).mean(axis=(1, 3))
-            whole = valid[:h, :w].reshape(h // 2, 2, w // 2, 2).all(axis=(1, 3))
+            whole = np.all(valid[:h, :w].reshape(h // 2, 2, w // 2, 2), axis=(1, 3))
             details.append(_energy((means[:h, :w] - _repeat(parents))[_repeat(whole)]))
             means, valid = parents, whole
         means_of_region = [pixels.mean(axis=0)] if len(pixels) else []

@@ -1,9 +1,10 @@
 """python -m pipeline.pack: the random draws of training, done once.
 
-A few thousand windows and a lattice touch most chunks of a 4096^2 region in a tiled store, so drawing them at training time
-would read 48 MiB to use a fraction of one. Packing reads every region once, in order, and writes many draws of it side by
-side (`pipeline.packfile`). A tar shard and its side file are written under temporary names and renamed, shard by
-shard: the same command after a kill writes only what is missing.
+A few thousand windows and a lattice touch most chunks of a 4096^2 region in a tiled store, so
+drawing them at training time would read 48 MiB to use a fraction of one. Packing reads every
+region once, in order, and writes many draws of it side by side (`pipeline.packfile`). A tar shard
+and its side file are written under temporary names and renamed, shard by shard: the same command
+after a kill writes only what is missing.
 """
 
 import io
@@ -90,7 +91,8 @@ def make_plan(options: Pack) -> Plan:
     design = ZoomDesign(options.points, options.coarse_level, options.window, options.halo)
     if side % (1 << options.coarse_level):
         raise ValueError(
-            f"regions of {side} px do not divide into coarse cells of {1 << options.coarse_level} px; "
+            f"regions of {side} px do not divide into coarse cells of "
+            f"{1 << options.coarse_level} px; "
             "ingest with a --region that does"
         )
     key = store.resolve_encoder(options.encoder)
@@ -127,7 +129,8 @@ def _packs_per_region(
     if options.packs_per_region != "auto":
         if not options.packs_per_region.isdecimal() or int(options.packs_per_region) < 1:
             raise ValueError(
-                f"--packs-per-region takes auto or a positive number, not {options.packs_per_region!r}"
+                "--packs-per-region takes auto or a positive number, not "
+                f"{options.packs_per_region!r}"
             )
         return int(options.packs_per_region)
     scored = design.chains(side, side) * (design.window - 2 * design.halo) ** 2
@@ -166,9 +169,11 @@ def pack(options: Pack) -> int:
     total = plan.region_bytes * len(plan.regions)
     design = settings.zoom()
     console.say(
-        f"pack: {len(plan.regions)} regions of {settings.side_px} px, {settings.packs_per_region} draws each, "
+        f"pack: {len(plan.regions)} regions of {settings.side_px} px, "
+        f"{settings.packs_per_region} draws each, "
         f"{design.num_values(settings.side_px, settings.side_px)} values a draw "
-        f"({design.chains(settings.side_px, settings.side_px)} chains of {settings.coarse_level} windows of "
+        f"({design.chains(settings.side_px, settings.side_px)} chains of {settings.coarse_level} "
+        "windows of "
         f"{settings.window}x{settings.window}), tokens of {settings.encoder_key} at "
         f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {total / 1e9:.2f} GB in "
         f"{len(plan.shards)} shards"
@@ -200,7 +205,8 @@ def _claim(out: Path, settings: PackSettings) -> None:
         for name, value in wanted.items():
             if there.get(name) != value and name != "store":
                 raise ValueError(
-                    f"{out} was packed with {name} = {there.get(name)!r}, this command asks for {value!r}; "
+                    f"{out} was packed with {name} = {there.get(name)!r}, this command asks for "
+                    f"{value!r}; "
                     "choose another --out or delete the folder"
                 )
     else:

@@ -1,13 +1,15 @@
 """Pixel packs at rest: WebDataset tar shards and an index of offsets.
 
-One sample of a shard is one region: `KEY.json` (place, valid fraction), `KEY.tokens.npy` (once, not once per pack),
-`KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`, `KEY.p01.bin` ..., one draw each: the values of its
-windows in the order (chain, level, y, x, channel). KEY is an integer. Any WebDataset reader can stream a shard; random
-access takes two ranges of it through the index.
+One sample of a shard is one region: `KEY.json` (place, valid fraction), `KEY.tokens.npy` (once,
+not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`, `KEY.p01.bin`
+..., one draw each: the values of its windows in the order (chain, level, y, x, channel). KEY is an
+integer. Any WebDataset reader can stream a shard; random access takes two ranges of it through the
+index.
 
-Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels are kept to 1/256 of a
-grey level. 65,535 marks a cell that is absent: outside the image, or not wholly valid. Where windows lie is not
-stored: it follows from the design and the key (seed, region, pack).
+Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
+are kept to 1/256 of a grey level. 65,535 marks a cell that is absent: outside the image, or not
+wholly valid. Where windows lie is not stored: it follows from the design and the key (seed,
+region, pack).
 """
 
 import io
@@ -29,7 +31,8 @@ INDEX_NAME = "index.json"
 
 @dataclass(frozen=True)
 class PackSettings:
-    """Everything that a pack was made with; a trainer or a second run that differs says so and stops.
+    """Everything that a pack was made with; a trainer or a second run that differs says so and
+    stops.
 
     lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first.
     """
@@ -90,8 +93,9 @@ class PackStatistics:
 class RegionEntry:
     """Where one region lies in the store and in the packs.
 
-    key: its number in the store's region table. offsets: (start, length) in bytes of its tokens, its lattice and its
-    packs, in this order, in `shard`. first_px: (y, x) of the first token's centre, for each lattice.
+    key: its number in the store's region table. offsets: (start, length) in bytes of its tokens,
+    its lattice and its packs, in this order, in `shard`. first_px: (y, x) of the first token's
+    centre, for each lattice.
     """
 
     key: int

@@ -1,14 +1,13 @@
 """The dataset store: what `dataset.zarr` holds and where. No other module knows its layout.
 
-    zarr.json                                    the specification and how the store was made
-    images/<image-id>/                           one OME-Zarr image each (`pipeline.ome`)
-    images/<image-id>/labels/tissue/             its mask: 16 px cells for slides, full resolution
-    for aerial images states/<image-id>.json                       how the image ended: ok, empty
-    or failed, and why coverage/<image-id>.npy                      tissue or valid pixels per cell
-    of 16 px, from which regions are chosen previews/<image-id>.png                      a picture
-    to look at regions.parquet                              the region table
-    embeddings/<encoder-key>/<footprint>/<image-id>    tokens (gy, gx, d) on a lattice over the
-    image
+    zarr.json                               the specification and how the store was made
+    images/<image-id>/                      one OME-Zarr image each (`pipeline.ome`)
+    images/<image-id>/labels/tissue/        its mask: cells of 16 px for slides, pixels for aerial
+    states/<image-id>.json                  how the image ended: ok, empty or failed, and why
+    coverage/<image-id>.npy                 tissue or valid pixels per cell of 16 px
+    previews/<image-id>.png                 a picture to look at
+    regions.parquet                         the region table, chosen from the coverages
+    embeddings/<encoder-key>/<footprint>/<image-id>    tokens (gy, gx, d) on a lattice
 
 An encoder's key is a slug and a hash of its weights. Everything that marks progress is replaced by
 rename.

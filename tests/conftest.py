@@ -1,4 +1,4 @@
-"""What all tests share: shapes are checked at run time, real data where it is there."""
+"""What all tests share: shapes are checked at run time, draws are fixed, real data where it is."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 install_import_hook(["model", "pipeline", "conditioning", "jobs"], "beartype.beartype")
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real slides and aerial images beside the repository; the test is skipped without it."""
+    """The real slides and aerial images beside the repository; skips, loudly, without them."""
     if not SHARED_DATA.is_dir():
         pytest.skip("real data is not on this machine (../shared/data)")
     return SHARED_DATA

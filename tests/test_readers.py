@@ -89,7 +89,7 @@ def area_mean_matrix(size: int, count: int, factor: float) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(5, 90), st.integers(5, 90), st.floats(1.01, 4.9), st.data())
 def test_resampling_is_the_area_mean_and_has_no_seams(
     height: int, width: int, factor: float, data: st.DataObject

@@ -57,7 +57,7 @@ def test_every_level_is_the_means_of_the_one_below(
     assert image.num_levels == 1 or max(image.level_shape(image.num_levels - 2)[1:]) > 512
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_box_equals_the_crop(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -147,7 +147,7 @@ def test_region_table_round_trips_sorted_and_names_the_store(tmp_path: Path) -> 
     st.integers(0, 300),
     st.integers(1, 200),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_region_tokens_are_those_with_their_centre_inside(
     tmp_path_factory: pytest.TempPathFactory, gy: int, gx: int, y: int, x: int, side: int
 ) -> None:

@@ -1,0 +1,118 @@
+"""Laws of the noise: the published generator, a field that is a function of place, its covariance."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.lattice import Box
+from model.noise import NoiseSpectrum, NoiseTree, philox_4x32
+
+WHITE = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.0)
+FLOORED = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.005)
+FULL = 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # kat_vectors of Random123, the generator's publication
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((FULL,) * 4, (FULL,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_answers(counter, key, expected) -> None:  # type: ignore[no-untyped-def]
+    words = philox_4x32(
+        tuple(torch.tensor([word]) for word in counter), tuple(torch.tensor([w]) for w in key)
+    )
+    assert tuple(int(word) for word in words) == expected
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(0, 5),
+    st.integers(-300, 300),
+    st.integers(-300, 300),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from([WHITE, FLOORED]),
+)
+def test_a_window_is_the_crop_of_the_whole(
+    level: int, y: int, x: int, height: int, width: int, spectrum: NoiseSpectrum
+) -> None:
+    tree = NoiseTree(spectrum, channels=2)
+    window = Box(level, y, x, height, width)
+    whole = window.grow(37)
+    ys, xs = window.slices_in(whole)
+    assert torch.equal(tree.box(7, window), tree.box(7, whole)[:, ys, xs])
+
+
+@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
+def test_a_cells_mean_is_the_mean_of_its_leaves(spectrum: NoiseSpectrum) -> None:
+    tree = NoiseTree(spectrum, channels=3)
+    leaves = tree.box(1, Box(0, -128, 256, 256, 512)).double()
+    for level in range(1, 8):
+        means = torch.nn.functional.avg_pool2d(leaves, 2**level)
+        cells = tree.box(1, Box(level, -128 >> level, 256 >> level, *means.shape[1:])).double()
+        torch.testing.assert_close(means, cells, atol=3e-7, rtol=0)
+
+
+def test_white_leaves_are_independent_standard_normals() -> None:
+    leaves = NoiseTree(WHITE, channels=2).box(3, Box(0, 0, 0, 512, 512)).double().numpy()
+    assert scipy.stats.kstest(leaves.ravel(), "norm").pvalue > 0.01
+    flat = leaves.reshape(2, -1)
+    assert abs(np.corrcoef(flat)[0, 1]) < 4 / np.sqrt(flat.shape[1])
+    for dy, dx in ((0, 1), (1, 0), (1, 1), (0, 2), (31, 32)):
+        shifted = (leaves[:, dy:, dx:] * leaves[:, : 512 - dy, : 512 - dx]).mean()
+        assert abs(shifted) < 4 / np.sqrt(leaves.size)
+
+
+@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
+def test_variances_follow_the_formula(spectrum: NoiseSpectrum) -> None:
+    tree = NoiseTree(spectrum, channels=1)
+    fine = None
+    for level in range(spectrum.top_level + 1):
+        side = 2 ** min(spectrum.top_level - level + 3, 9)
+        seeds = torch.arange(40 if side < 64 else 1)
+        cells = tree.boxes(seeds, Box(level, 0, 0, side, side)).double()
+        error = 5 * np.sqrt(2 / (cells.numel() / 4 ** (spectrum.top_level - level)))
+        if spectrum.floor == 0:  # white cells are independent at every level
+            error = 5 * np.sqrt(2 / cells.numel())
+        assert abs(cells.square().mean() / spectrum.mean_variance(level) - 1) < error
+        if level:
+            assert fine is not None
+            details = fine[:, :, :side, :side] - torch.nn.functional.avg_pool2d(
+                fine[:, :, :side, :side], 2
+            ).repeat_interleave(2, 2).repeat_interleave(2, 3)
+            error = 5 * np.sqrt(2 / (0.75 * details.numel()))
+            assert abs(details.square().mean() / spectrum.detail_variance(level - 1) - 1) < error
+        fine = cells
+    assert spectrum.mean_variance(0) == pytest.approx(1.0)
+
+
+def test_fields_of_a_batch_are_those_of_its_seeds() -> None:
+    tree = NoiseTree(FLOORED, channels=3)
+    seeds = torch.tensor([5, 2**40 + 5, 5])
+    batch = tree.boxes(seeds, Box(2, 3, 4, 9, 11))
+    for seed, field in zip(seeds.tolist(), batch, strict=True):
+        assert torch.equal(field, tree.box(seed, Box(2, 3, 4, 9, 11)))
+    assert not torch.equal(batch[0], batch[1])
+    other = NoiseTree(FLOORED, channels=3, stream=1).box(5, Box(2, 3, 4, 9, 11))
+    assert not torch.equal(batch[0], other)
+
+
+def test_noise_is_defined_beyond_2_to_the_31_pixels() -> None:
+    tree = NoiseTree(WHITE, channels=1)
+    far = Box(0, 2**33, 2**33, 4, 4)
+    assert torch.equal(tree.box(0, far), tree.box(0, far.grow(2))[:, 2:-2, 2:-2])
+
+
+def test_a_box_above_the_tree_is_refused() -> None:
+    with pytest.raises(ValueError, match="above the tree's top level"):
+        NoiseTree(WHITE, 1).box(0, Box(9, 0, 0, 1, 1))
