@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_width": 512,
         "lattice_width": 256,
         "lattice_patch": 1,
-        "unet_widths": (128, 256, 512, 864, 864),
+        "unet_widths": (128, 256, 512, 832, 832),
         "unet_layers": 2,
         "unet_head_dim": 64,
         "unet_groups": 32,
