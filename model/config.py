@@ -32,7 +32,7 @@ class PyramidConfig:
     token_width: int = 64
     embedding_width: int = 64
     lattice_width: int = 64
-    lattice_patch: int = 2
+    lattice_patch: int = 4
     unet_widths: tuple[int, ...] = (64, 96, 128)
     unet_attention: int = 2
     unet_layers: int = 1
@@ -64,6 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "token_width": 256,
         "embedding_width": 128,
         "lattice_width": 128,
+        "lattice_patch": 2,
         "unet_widths": (128, 192, 256),
         "unet_layers": 2,
         "unet_head_dim": 64,

@@ -110,7 +110,13 @@ class Painter:
         scale = (1.0 + np.exp(-log_snr)) ** 0.5
         means = self._means(field, scale, like)
         evaluations = [
-            _Evaluation(self, tokens, means, torch.full((1,), log_snr, device=like.device, dtype=like.dtype), field.shape)
+            _Evaluation(
+                self,
+                tokens,
+                means,
+                torch.full((1,), log_snr, device=like.device, dtype=like.dtype),
+                field.shape,
+            )
             for tokens in (self.denoiser.encode(side) for side in sides)
         ]
         for box in tiles(*field.shape[1:], self.tile, level=self.base_level):

@@ -1,26 +1,34 @@
-"""White noise as a random field on the dyadic tree, known at any cell of any level without
-touching its pixels.
+"""Noise as a random field on the dyadic tree, known at any cell without touching its pixels.
 
-The field is a pure function of (seed, stream, y, x, channel) on the infinite lattice. The mean
-over a cell of the top level is a keyed normal; below it, one call of Philox-4x32-10 (Salmon et
-al., SC 2011) at a cell gives four normals n_i, and its children are
+The field is a pure function of (seed, stream, y, x, channel) on the infinite lattice. From a
+cell's mean, one call of Philox-4x32-10 (Salmon et al., SC 2011) gives four normals n_i and its
+children
 
-    child_i = parent + 2^-j (n_i - mean(n)) ,       j = level of the children,
+    child_i = parent + 2^-j (n_i - mean(n)),    j = level of the children,
 
-so that the mean of the children *is* the parent and the leaves are exactly iid N(0, 1) when the
-top's variance is 4^-top. A cell's mean therefore costs O(levels) calls, and a window, a tile and
-the whole image hold the same values.
+so that the mean of the children *is* the parent. Started with independent means of variance 4^-top
+at the top level, the leaves are exactly iid N(0, 1): `white` noise. A cell's mean costs O(levels)
+calls; a window, a tile and the whole image hold the same values.
 
-`floored` noise keeps white noise below the coarse cell and raises each octave above it to a
-variance of at least f: white noise is so small in the coarse octaves that the layout of an image
-would be decided in the last steps of a trajectory. The whole is normalised once, to unit variance
-at the pixel.
+White noise is so small in the coarse octaves that the layout of an image would be decided in the
+last steps of a trajectory. `floored` noise (floor f > 0) is white inside the coarse cells, and its
+means over them are a sum over octaves of smooth fields,
+
+    v_j = S v_{j+1} + sqrt(e_j) n_j,    e_j = max(3 4^-(j+1), f),    j = top - 1 ... coarse,
+
+where S doubles the resolution by bilinear interpolation, the subdivision mask (1, 3, 3, 1) / 4 of
+quadratic B-splines: each octave adds C^1 blobs. (With S a mere repetition the blobs are squares on
+a dyadic grid, and a network that has not learned to remove them all paints squares.) The whole is
+normalised once, to unit variance at the pixel.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -65,44 +73,70 @@ def _normals(words: tuple[Int64[Tensor, "..."], ...]) -> Float[Tensor, "*shape 4
 
 @dataclass(frozen=True)
 class NoiseSpectrum:
-    """Variance of the noise in every octave of the tree.
+    """Variance of the noise in every octave of the Haar basis.
 
-    top_level: level whose cells have independent means; at least the level of the training region.
-    coarse_level: cells of this level and finer octaves are white; coarser octaves are floored.
-    floor: f, the least variance of an octave's detail (and of the top mean) from coarse_level up;
-    0 is white noise.
+    top_level: level whose cells start the recursion; at least the level of the training region.
+    coarse_level: the noise inside cells of this level is white.
+    floor: f, the least variance that an octave from coarse_level up adds; 0 is white noise.
     """
 
     top_level: int = 12
     coarse_level: int = 5
     floor: float = 0.005
 
-    def _raw_detail(self, level: int) -> float:
-        white = 3.0 * 4.0 ** -(level + 1)
-        return max(white, self.floor) if level >= self.coarse_level else white
-
-    def _raw_top(self) -> float:
-        return max(4.0**-self.top_level, self.floor)
+    def innovation(self, level: int) -> float:
+        """e_j, not normalised; at the top level the variance of the means there."""
+        share = 1.0 if level == self.top_level else 0.75
+        return max(share * 4.0**-level, self.floor)
 
     @property
     def scale(self) -> float:
         """The factor that gives the pixel unit variance."""
-        total = self._raw_top() + sum(self._raw_detail(level) for level in range(self.top_level))
-        return 1.0 / math.sqrt(total)
-
-    def detail_variance(self, level: int) -> float:
-        """Variance of (cell of `level` - its parent)."""
-        return self._raw_detail(level) * self.scale**2
+        return 1.0 / math.sqrt(_raw_mean_variance(self, 0))
 
     def mean_variance(self, level: int) -> float:
-        """Variance of the mean over a cell of `level`."""
-        finer = sum(self._raw_detail(j) for j in range(level, self.top_level))
-        return (self._raw_top() + finer) * self.scale**2
+        """Variance of the mean over a cell of `level`, averaged over places."""
+        return _raw_mean_variance(self, level) * self.scale**2
+
+    def detail_variance(self, level: int) -> float:
+        """Variance of (cell of `level` - its parent), averaged over places."""
+        return self.mean_variance(level) - self.mean_variance(level + 1)
+
+
+@lru_cache(maxsize=1024)
+def _raw_mean_variance(spectrum: NoiseSpectrum, level: int) -> float:
+    """The mean's variance before normalisation.
+
+    An innovation at level j reaches the coarse lattice as the product of two copies of the kernel
+    k = S^(j - coarse) delta. Its mean over blocks of m cells has, in one dimension and averaged
+    over the period p of places, the variance (min(m, p) / p) sum_n (mean of k over block n)^2.
+    """
+    coarse = spectrum.coarse_level
+    if spectrum.floor == 0.0:
+        return 4.0**-level
+    if level < coarse:
+        return 4.0**-level - 4.0**-coarse + _raw_mean_variance(spectrum, coarse)
+    total, kernel = 0.0, np.ones(1)
+    block = 1 << (level - coarse)
+    for j in range(coarse, spectrum.top_level + 1):
+        period = 1 << (j - coarse)
+        step = min(block, period)
+        means = np.convolve(kernel, np.full(block, 1.0 / block))
+        first = (block + period - 2) % step  # the kernel begins period - 1 cells before its origin
+        one = float(np.square(means[first::step]).sum()) * step / period
+        total += spectrum.innovation(j) * one**2
+        doubled = np.zeros(2 * len(kernel) - 1)
+        doubled[::2] = kernel
+        kernel = np.convolve(doubled, [0.25, 0.75, 0.75, 0.25])
+    return total
 
 
 @dataclass(frozen=True)
 class NoiseTree:
     """The field: means over cells, by recursion from the top of the tree.
+
+    Counters are (y, x, 256 channel + level, stream): innovations are keyed by their own level and
+    place, the children of a cell by the cell's place and their level, which is finer.
 
     Every method takes a batch of seeds, one field each. Values are float64 inside and float32
     outside.
@@ -130,15 +164,6 @@ class NoiseTree:
         )
         key = tuple(word[:, None, None, None] for word in (seeds & _MASK, (seeds >> 32) & _MASK))
         return philox_4x32(counter, key)
-
-    def top(
-        self, seeds: Int64[Tensor, " b"], y: Int64[Tensor, "b h"], x: Int64[Tensor, "b w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """Means over top cells at rows y and columns x."""
-        std = math.sqrt(self.spectrum.mean_variance(self.spectrum.top_level))
-        words = self._words(seeds, self.spectrum.top_level, y, x)
-        # Children are keyed by their own level, below top_level: no counter is used twice.
-        return _normals(words)[..., 0] * std
 
     def children(
         self,
@@ -170,18 +195,60 @@ class NoiseTree:
         return self._boxes(seeds, box).float()
 
     def _boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
-        b, device = len(seeds), seeds.device
-        top = self.spectrum.top_level
-        if box.level > top:
-            raise ValueError(f"a box of level {box.level} lies above the tree's top level {top}")
-        outer = box.cover(top)
-        rows = torch.arange(outer.y, outer.y + outer.height, device=device).expand(b, -1)
-        columns = torch.arange(outer.x, outer.x + outer.width, device=device).expand(b, -1)
-        values = self.top(seeds, rows, columns)
-        for level in range(top - 1, box.level - 1, -1):
-            origin = torch.tensor([[outer.y, outer.x]], device=device).expand(b, 2)
-            values = self.children(values, seeds, level, origin)
+        spectrum = self.spectrum
+        if box.level > spectrum.top_level:
+            raise ValueError(
+                f"a box of level {box.level} lies above the tree's top level {spectrum.top_level}"
+            )
+        if spectrum.floor == 0.0:
+            outer = box.cover(spectrum.top_level)
+            values = self._innovations(seeds, outer)
+        elif box.level > spectrum.coarse_level:
+            values = self._smooth(seeds, box.refine(spectrum.coarse_level))
+            return F.avg_pool2d(values, 1 << (box.level - spectrum.coarse_level))
+        else:
+            outer = box.cover(spectrum.coarse_level)
+            values = self._smooth(seeds, outer)
+        for level in range(outer.level - 1, box.level - 1, -1):
+            origin = torch.tensor([[outer.y, outer.x]], device=seeds.device)
+            values = self.children(values, seeds, level, origin.expand(len(seeds), 2))
             inner, outer = box.cover(level), outer.refine(level)
             ys, xs = inner.slices_in(outer)
             values, outer = values[:, :, ys, xs], inner
         return values
+
+    def _smooth(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+        """Means over cells of the coarse level: innovations of every octave, interpolated down."""
+        outer = box
+        needed = [outer]
+        for level in range(box.level + 1, self.spectrum.top_level + 1):
+            outer = outer.cover(level).grow(1)
+            needed.append(outer)
+        values = self._innovations(seeds, outer)
+        for inner in reversed(needed[:-1]):
+            ys, xs = inner.slices_in(outer.grow(-1).refine(inner.level))
+            values = _doubled(values)[:, :, ys, xs] + self._innovations(seeds, inner)
+            outer = inner
+        return values
+
+    def _innovations(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+        """Independent normals of the innovation's variance on the cells of a box."""
+        rows = torch.arange(box.y, box.y + box.height, device=seeds.device)
+        columns = torch.arange(box.x, box.x + box.width, device=seeds.device)
+        b = len(seeds)
+        words = self._words(seeds, box.level, rows.expand(b, -1), columns.expand(b, -1))
+        std = math.sqrt(self.spectrum.innovation(box.level)) * self.spectrum.scale
+        return _normals(words)[..., 0] * std
+
+
+def _doubled(values: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    """Bilinear interpolation at the children of the inner cells: 2 (h - 2) x 2 (w - 2) values.
+
+    Written out, since its values must not depend on the size of the box.
+    """
+    for axis in (2, 3):
+        n = values.shape[axis]
+        before, here, after = (values.narrow(axis, start, n - 2) for start in range(3))
+        pair = (0.75 * here + 0.25 * before, 0.75 * here + 0.25 * after)
+        values = torch.stack(pair, dim=axis + 1).flatten(axis, axis + 1)
+    return values

@@ -22,8 +22,8 @@ class RegionLevels:
     sums[l]: channels-last integers; a cell's mean is sums[l] / 4^l.
     """
 
-    sums: list[UInt32[np.ndarray, "h w c"]]
-    valid: list[Bool[np.ndarray, "h w"]]
+    sums: list[UInt32[np.ndarray, "_ _ c"]]
+    valid: list[Bool[np.ndarray, "_ _"]]
 
     @classmethod
     def of(

@@ -301,7 +301,7 @@ def _to_json(energy: Energy) -> tuple[float, list[list[float]]]:
     return energy[0], energy[1].tolist()
 
 
-def _from_json(pair: tuple[float, list[list[float]]]) -> Energy:
+def _from_json(pair: Sequence[Any]) -> Energy:
     return pair[0], np.array(pair[1])
 
 

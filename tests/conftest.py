@@ -23,3 +23,11 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("real data is not on this machine (../shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A small phantom, ingested, embedded and packed; made once, not to be changed."""
+    from chain import build
+
+    return build(tmp_path_factory.mktemp("chain"))

@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make demo` and `make test`. Each sets up the environment it needs.
+PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3))
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo
+SLIDES ?=
+
+.PHONY: setup demo test lint bench lock clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "gigabrush needs Python 3.11 or later; name one with make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/python -m jobs.demo --out "$(OUT)" $(if $(SLIDES),--slides $(SLIDES))
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest tests/benchmarks -s
+
+lock: setup
+	$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
+		--all-extras --no-header pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,66 @@
+"""The first stages of the chain on a small phantom, run once for all tests that need them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import conditioning.embed
+import conditioning.pretrain
+import pipeline.ingest
+import pipeline.pack
+from pipeline.phantom import draw_slide
+
+SIDE_PX = 256
+POINTS = 14_000
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Paths of a small chain: a phantom slide of 768 px, regions of 256 px, packs, no run."""
+
+    slide: Path
+    store: Path
+    encoder: Path
+    packs: Path
+
+
+def succeed(code: int) -> None:
+    assert code == 0
+
+
+def ingest_arguments(slide: Path, store: Path) -> list[str]:
+    return [
+        *(str(slide), "--out", str(store), "--region", str(SIDE_PX), "--stride", "128"),
+        *("--min-tissue", "0", "--cluster", "inline"),
+    ]
+
+
+def pack_arguments(chain: Chain, out: Path) -> list[str]:
+    return [
+        *(str(chain.store), "--encoder", str(chain.encoder), "--out", str(out)),
+        *("--points", str(POINTS), "--packs-per-region", "2"),
+    ]
+
+
+def train_arguments(chain: Chain, run: Path, steps: int, *more: str) -> list[str]:
+    return [
+        *(str(chain.packs), "--run", str(run), "--preset", "tiny", "--steps", str(steps)),
+        *("--batch", "2", "--warmup", "2", "--save-every", "2", "--log-every", "1", *more),
+    ]
+
+
+def build(folder: Path) -> Chain:
+    """Draw, ingest, pretrain, embed and pack, each by its command."""
+    chain = Chain(*(folder / name for name in ("slide.tif", "dataset.zarr", "encoder", "packs")))
+    draw_slide(chain.slide, height_px=768, width_px=768, mpp=0.5, seed=0)
+    succeed(pipeline.ingest.main(ingest_arguments(chain.slide, chain.store)))
+    store, encoder = str(chain.store), str(chain.encoder)
+    arguments = ["--steps", "2", "--batch-size", "8", "--input-size", "32", "--dim", "16"]
+    succeed(
+        conditioning.pretrain.main(
+            [store, "--out", encoder, *arguments, "--footprints", "64", "256"]
+        )
+    )
+    footprints = ["--footprint", "64", "256"]
+    succeed(conditioning.embed.main([store, "--encoder", encoder, *footprints]))
+    succeed(pipeline.pack.main(pack_arguments(chain, chain.packs)))
+    return chain

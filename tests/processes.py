@@ -1,0 +1,56 @@
+"""Commands of the project as processes of their own, to be run, killed and run again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(
+    module: str, arguments: Sequence[str], launcher: Sequence[str] = ("-m",)
+) -> subprocess.Popen[str]:
+    """Start `python -m module`, or the module under a launcher, in a session of its own."""
+    command = [sys.executable, *launcher, module, *arguments]
+    return subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(module: str, arguments: Sequence[str], launcher: Sequence[str] = ("-m",)) -> str:
+    """Run a command to its end; its output. It must succeed."""
+    process = start(module, arguments, launcher)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def stop_when(
+    process: subprocess.Popen[str], condition: Callable[[], bool], how: signal.Signals
+) -> str:
+    """Send a signal to the command once `condition` holds; its output."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the command never came to that point"
+        time.sleep(0.02)
+    os.killpg(process.pid, how)
+    return process.communicate(timeout=120)[0]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and what it holds."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
