@@ -9,10 +9,14 @@ would have to be compiled first.
 import os
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+
+# Named before DeepSpeed looks, or it warns of every accelerator that is not there.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,6 +24,8 @@ from jobs.data import Batch
 from model.denoiser import PyramidDenoiser
 from model.noise import NoiseTree
 from model.objective import draw_noise, level_losses
+
+T = TypeVar("T")
 
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -72,10 +78,18 @@ def join() -> Ranks:
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
-def build(
-    objective: Objective, *, learning_rate: float, batch: int, world: int, zero: int, bf16: bool
-) -> Any:
-    """The DeepSpeed engine: Adam as in Diff-infinity's code, gradients clipped to norm 1."""
+def from_first_rank(value: T, ranks: Ranks) -> T:
+    """What rank 0 holds as `value`, on every rank."""
+    shared = [value]
+    if ranks.world > 1:
+        torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def build(objective: Objective, *, learning_rate: float, batch: int, world: int, zero: int) -> Any:
+    """The DeepSpeed engine: Adam with the betas of ∞-Diff's code, weights in float32, gradients
+    clipped to 1.
+    """
     optimizer = torch.optim.AdamW(
         objective.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
@@ -89,7 +103,6 @@ def build(
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": zero},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": bf16},
             "steps_per_print": 2**31,
         },
     )

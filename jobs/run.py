@@ -37,7 +37,8 @@ from pipeline import console
 from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 
 CHECKPOINTS_KEPT = 2
-STALE_AFTER_S = 120.0
+HEARTBEAT_S = 30.0
+STALE_AFTER_S = 4 * HEARTBEAT_S
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import tyro
 from torch import Tensor
 
 from jobs.data import Batch, Batches
-from jobs.engine import Objective, Ranks, build, join
+from jobs.engine import Objective, Ranks, build, from_first_rank, join
 from jobs.preview import write_preview
-from jobs.run import Run, RunConfig, RunState
+from jobs.run import HEARTBEAT_S, Run, RunConfig, RunState
 from model.config import preset
 from model.denoiser import PyramidDenoiser
 from model.noise import NoiseSpectrum
@@ -62,7 +62,7 @@ class Train:
     zero: int = 0
     """DeepSpeed ZeRO stage: 0, 1 or 2."""
     precision: str = "auto"
-    """fp32 or bf16; auto is bf16 on a GPU."""
+    """fp32, or bf16 for the arithmetic of layers (weights stay fp32); auto is bf16 on a GPU."""
     save_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
@@ -121,32 +121,39 @@ def train(options: Train) -> int:
         console.say(plan)
         return console.EXIT_DONE
     run = Run(options.run)
-    before = run.state()
     ranks = join()
     if options.batch % ranks.world:
         raise ValueError(
             f"a batch of {options.batch} does not divide among {ranks.world} ranks; "
             f"ask for --batch {-(-options.batch // ranks.world) * ranks.world}"
         )
+    before = run.state() if ranks.rank == 0 else None
     if ranks.rank == 0:
-        run.claim(config)
-        if before is not None and before.status == "done":
-            run.update(status="done")
+        if _finished(before, options):
             console.say(f"train: {options.run} is already done")
         else:
             console.check_free_disk(options.run, 40 * parameters)
+            run.claim(config)
             console.say(plan)
-    torch.distributed.barrier()
-    if before is not None and before.status == "done":
-        return console.EXIT_DONE
-    trainer = Trainer(options, denoiser, ranks, run, packs)
-    try:
-        trainer.loop(batches, before)
-    except BaseException:
-        if ranks.rank == 0:
-            run.fail()
-        raise
+    before = from_first_rank(before, ranks)
+    if not _finished(before, options):
+        trainer = Trainer(options, denoiser, ranks, run, packs)
+        try:
+            trainer.loop(batches, before)
+        except BaseException:
+            if ranks.rank == 0:
+                run.fail()
+            raise
+    torch.distributed.destroy_process_group()
     return console.EXIT_DONE
+
+
+def _finished(before: RunState | None, options: Train) -> bool:
+    """Whether an earlier process took the last step, or used up the time that is given now."""
+    if before is None or before.status != "done":
+        return False
+    limit = options.max_minutes
+    return before.step >= options.steps or (limit is not None and before.seconds >= 60 * limit)
 
 
 class Trainer:
@@ -171,11 +178,11 @@ class Trainer:
             batch=options.batch,
             world=ranks.world,
             zero=options.zero,
-            bf16=bf16,
         )
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.bf16 = bf16
         self.ema = {name: value.to(ranks.device) for name, value in self.ema.items()}
         self.stopping = False
+        self.beat = time.monotonic()
 
     def loop(self, batches: Batches, before: RunState | None) -> None:
         """Train from the last checkpoint to the end, the time limit or SIGTERM."""
@@ -195,6 +202,7 @@ class Trainer:
             seconds = seconds_before + time.monotonic() - started
             if step % options.log_every == 0 or step == 1:
                 self._log(step, losses, seconds)
+            self._show_life()
             if self._agreed(self.stopping):
                 status = "preempted"
                 break
@@ -212,7 +220,7 @@ class Trainer:
     def _step(self, step: int, seconds: float, batch: Batch) -> Tensor:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(step, seconds)
-        with torch.autocast(self.ranks.device.type, self.dtype, self.dtype == torch.bfloat16):
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, self.bf16):
             losses = self.engine(batch)
         self.engine.backward(losses.sum())
         self.engine.step()
@@ -237,6 +245,12 @@ class Trainer:
         flag = torch.tensor(float(mine), device=self.ranks.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
+
+    def _show_life(self) -> None:
+        """Renew the heartbeat, and stop if another process owns the run by now."""
+        if self.ranks.rank == 0 and time.monotonic() - self.beat > HEARTBEAT_S:
+            self.beat = time.monotonic()
+            self.run.update()
 
     def _stop(self, *_: Any) -> None:
         self.stopping = True

@@ -41,7 +41,7 @@ def test_the_published_budget_of_4096() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 16), (2, 14)])
 def test_every_pixel_is_drawn_and_scored_equally_often(low: int, high: int) -> None:
-    """Counts over many draws are binomial with one probability for all pixels, borders included."""
+    """Counts over many draws are binomial, with one probability for all pixels."""
     side, draws = 32, 6_000
     counts = np.zeros((side, side))
     chains = SMALL.chains(side, side)

@@ -1,4 +1,4 @@
-"""Laws of the noise: the published generator, a field that is a function of place, its covariance."""
+"""Laws of the noise: the published generator, a function of place, its covariance."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Training with real DeepSpeed ranks: kills, resumption, and the number of ranks change nothing."""
+"""Training with real DeepSpeed ranks: neither kills nor the number of ranks change it."""
 
 import json
 import signal

@@ -1,0 +1,160 @@
+"""Painting: kills, tiles and exports change nothing in the image."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from chain import Chain, train_arguments
+from openslide import OpenSlide
+from processes import run, start, stop_when
+
+import jobs.sample
+from jobs.metrics import layout_match, thumbnail
+from pipeline.ome import OmeImage
+from pipeline.store import Store
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def trained(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run("jobs.train", train_arguments(chain, folder, 4, "--learning-rate", "0.002"))
+    return folder
+
+
+def arguments(chain: Chain, trained: Path, out: Path, *more: str) -> list[str]:
+    condition = ["--condition", str(chain.store), "--out", str(out), "--steps", str(STEPS)]
+    return [str(trained), *condition, "--region", "3", *more]
+
+
+def painted(out: Path) -> OmeImage:
+    (folder,) = out.glob("*.zarr")
+    return OmeImage.open(folder)
+
+
+def pixels(out: Path) -> np.ndarray:
+    image = painted(out)
+    return image.read(0, 0, *image.shape[1:])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(chain: Chain, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("painted")
+    formats = ["--format", "ome-tiff", "tiff"]
+    assert jobs.sample.main(arguments(chain, trained, out, "--size", "512", *formats)) == 0
+    return out
+
+
+def test_the_image_opens_everywhere_with_its_pixel_size(undisturbed: Path) -> None:
+    image = painted(undisturbed)
+    assert image.shape == (3, 512, 512)
+    (ome,) = undisturbed.glob("*.ome.tif")
+    with tifffile.TiffFile(ome) as file:
+        assert file.is_ome
+        assert file.ome_metadata is not None
+        assert 'PhysicalSizeX="0.5"' in file.ome_metadata
+        for level, series in enumerate(file.series[0].levels):
+            _, h, w = image.level_shape(level)
+            expected = image.read(0, 0, h, w, level).transpose(1, 2, 0)
+            np.testing.assert_array_equal(series.asarray(), expected)
+    (plain,) = [p for p in undisturbed.glob("*.tif") if not p.name.endswith(".ome.tif")]
+    with OpenSlide(plain) as slide:
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.5)
+        assert slide.level_count == image.num_levels
+        shown = np.asarray(slide.read_region((0, 0), 0, (512, 512)).convert("RGB"))
+    np.testing.assert_array_equal(shown, pixels(undisturbed).transpose(1, 2, 0))
+    assert not list(undisturbed.glob(".work-*"))
+
+
+@pytest.mark.parametrize("tile", ["32", "96", "512"])
+def test_tiles_change_nothing(
+    chain: Chain, trained: Path, undisturbed: Path, tmp_path: Path, tile: str
+) -> None:
+    command = arguments(chain, trained, tmp_path, "--size", "512", "--format", "zarr")
+    assert jobs.sample.main([*command, "--tile", tile]) == 0
+    difference = pixels(tmp_path).astype(int) - pixels(undisturbed)
+    assert abs(difference).max() <= 1  # float32 sums in another order, then rounded
+
+
+def test_a_killed_painting_ends_like_an_undisturbed_one(
+    chain: Chain, trained: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = arguments(chain, trained, tmp_path, "--size", "512", "--format", "zarr")
+
+    def steps_done() -> int:
+        states = list(tmp_path.glob(".work-*/state.json"))
+        return int(json.loads(states[0].read_text())["done"]) if states else 0
+
+    stop_when(start("jobs.sample", command), lambda: steps_done() >= 1, signal.SIGKILL)
+    assert 1 <= steps_done() <= STEPS
+    run("jobs.sample", command)
+    difference = pixels(tmp_path).astype(int) - pixels(undisturbed)
+    assert abs(difference).max() <= 1
+    assert "already done" in run("jobs.sample", command)
+
+
+def test_sizes_that_are_no_multiple_of_the_coarse_cell_are_cut(
+    chain: Chain, trained: Path, tmp_path: Path
+) -> None:
+    """A smaller image is a crop only of its field; it has exactly the pixels asked for."""
+    command = arguments(chain, trained, tmp_path, "--size", "300x170", "--format", "ome-tiff")
+    assert jobs.sample.main(command) == 0
+    assert painted(tmp_path).shape == (3, 300, 170)
+
+
+def test_a_preview_is_the_coarse_level_of_the_image(
+    chain: Chain, trained: Path, tmp_path: Path
+) -> None:
+    full, half = tmp_path / "full", tmp_path / "half"
+    command = ["--format", "zarr", "--size", "256", "--guidance", "1"]
+    assert jobs.sample.main(arguments(chain, trained, full, *command)) == 0
+    assert jobs.sample.main(arguments(chain, trained, half, *command, "--scale", "0.5")) == 0
+    small, large = painted(half), painted(full)
+    assert small.spacing == 2 * large.spacing
+    # Rounding and clipping to 8 bits come after the means here and before them there.
+    inside = (large.read(0, 0, 256, 256) % 255 != 0).reshape(3, 128, 2, 128, 2).all(axis=(2, 4))
+    difference = small.read(0, 0, 128, 128).astype(int) - large.read(0, 0, 128, 128, 1)
+    assert inside.mean() > 0.2
+    assert abs(difference[inside]).max() <= 2
+
+
+def test_layouts_are_compared_with_every_region(chain: Chain) -> None:
+    store = Store.open(chain.store)
+    regions = store.regions()
+    image = store.image(regions[0].image)
+    corner = next(r for r in regions if (r.y, r.x) == (0, 0))
+    match = layout_match(image, store, corner, regions)
+    assert match.own == 0.0
+    assert match.follows
+    other = next(r for r in regions if r.index != corner.index)
+    assert not layout_match(image, store, other, regions).follows
+    whole = image.read(0, 0, 256, 256).astype(float)
+    means = whole.reshape(3, 64, 4, 64, 4).mean(axis=(2, 4))
+    assert abs(thumbnail(image, 0, 0, 256) - means).mean() < 4
+
+
+def test_mistakes_are_sentences(
+    chain: Chain,
+    trained: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for more, sentence in (
+        (["--region", "999"], "has regions 0 to"),
+        (["--size", "big"], "--size takes a side"),
+        (["--scale", "3"], "--scale takes 1, 0.5"),
+        (["--tile", "33"], "not a multiple of the coarse cell"),
+        (["--steps", "0"], "takes a positive number"),
+    ):
+        assert jobs.sample.main(arguments(chain, trained, tmp_path, *more)) == 2
+        assert sentence in capsys.readouterr().err
+    assert jobs.sample.main(arguments(chain, chain.packs, tmp_path)) == 2
+    assert "is not a run" in capsys.readouterr().err
+    command = arguments(chain, trained, undisturbed, "--size", "512", "--guidance", "3")
+    assert jobs.sample.main(command) == 2
+    assert "choose another --out or --seed" in capsys.readouterr().err
