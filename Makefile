@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Each sets up the environment it needs.
-PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3))
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell command -v $(name))))
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo
@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m pytest tests/benchmarks -s
+	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s
 
 lock: setup
 	$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 \

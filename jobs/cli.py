@@ -38,7 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stage not in STAGES:
         print(f"gigabrush: there is no stage {stage!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(STAGES[stage][0])
+    try:
+        module = importlib.import_module(STAGES[stage][0])
+    except ModuleNotFoundError as missing:
+        print(
+            f"gigabrush: {stage} needs {missing.name}, which is not installed; "
+            "run pip install 'gigabrush[train]'",
+            file=sys.stderr,
+        )
+        return 2
     return int(module.main(rest))
 
 

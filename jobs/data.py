@@ -9,7 +9,7 @@ does a run that was resumed.
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from conditioning.tokens import TokenScale, dihedral, to_condition
 from model.attention import Condition
 from model.objective import Draw
 from pipeline.embeddings import TokenLattice
-from pipeline.packfile import ABSENT, PackSet
+from pipeline.packfile import ABSENT, PackSet, RegionEntry
 
 PREFETCHED = 2
 
@@ -90,12 +90,12 @@ class Batches:
     split: str = "train"
 
     def __post_init__(self) -> None:
-        if not self._pairs():
+        if not self._entries:
             raise ValueError(f"{self.packs.path} has no regions in split {self.split!r}")
 
-    def _pairs(self) -> int:
-        regions = sum(entry.split == self.split for entry in self.packs.regions)
-        return regions * self.packs.settings.packs_per_region
+    @cached_property
+    def _entries(self) -> list[RegionEntry]:
+        return [entry for entry in self.packs.regions if entry.split == self.split]
 
     def iterate(self, first_step: int, rank: int, world: int) -> Generator[Batch, None, None]:
         """Batches from `first_step` on, for ever, read ahead by a thread."""
@@ -135,10 +135,10 @@ class Batches:
         )
 
     def _sample(self, number: int) -> Sample:
-        pairs = self._pairs()
+        pairs = len(self._entries) * self.packs.settings.packs_per_region
         order = _permutation(self.seed, number // pairs, pairs)
         region, pack = divmod(int(order[number % pairs]), self.packs.settings.packs_per_region)
-        entry = [e for e in self.packs.regions if e.split == self.split][region]
+        entry = self._entries[region]
         settings = self.packs.settings
         origins = settings.zoom().draw(
             settings.side_px, settings.side_px, (settings.seed, entry.key, pack)

@@ -8,6 +8,8 @@ that is done repeats nothing. Without slides it draws its own phantom.
 
 import importlib
 import json
+import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from jobs.run import RunConfig
 
 FEW_REGIONS = 16
+FREE_BYTES = 6_000_000_000
 PICTURE_PX = 640
 CROP_PX = 512
 
@@ -49,8 +52,14 @@ class Demo:
     """Evaluations of the denoiser when painting."""
     region: int | None = None
     """Row of the region table that conditions the image; by default one held out, if any is."""
-    ingest_options: tuple[str, ...] = ()
-    """More options for pipeline.ingest, such as --ingest-options --source-mpp 0.25."""
+    source_mpp: float | None = None
+    """What a slide's pixels measure in µm, where its file does not say."""
+    source_gsd: float | None = None
+    """What an aerial image's pixels measure in m, where its file does not say."""
+    min_tissue: float = 0.25
+    """Least tissue or valid fraction of a region."""
+    cluster: str = "local"
+    """Where ingest runs; see pipeline.ingest."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -70,19 +79,43 @@ class Progress:
         """
         name = name or module
         command = [module, *arguments]
-        recorded = self.done.get(name)
-        if recorded is not None and recorded["command"] == command:
+        if self.is_done(name, arguments, module):
+            recorded = self.done[name]
             console.say(f"demo: {name} is already done ({recorded['seconds']:.0f} s)")
             return int(recorded["code"])
-        console.say(f"\n$ python -m {' '.join(command)}")
+        console.say(f"\n$ python -m {shlex.join(command)}")
+        self.forget_after(name)
         started = time.monotonic()
         code = int(importlib.import_module(module).main(arguments))
         if code not in (console.EXIT_DONE, console.EXIT_PARTIAL):
             raise ValueError(f"{name} ended with exit code {code}; its message stands above")
         seconds = round(time.monotonic() - started, 1)
-        self.done[name] = {"command": command, "code": code, "seconds": seconds}
+        order = sum(isinstance(record, dict) for record in self.done.values())
+        self.done[name] = {"command": command, "code": code, "seconds": seconds, "order": order}
         console.write_json_atomic(self.file, self.done)
         return code
+
+    def is_done(self, name: str, arguments: Sequence[str], module: str | None = None) -> bool:
+        """Whether this very command has ended."""
+        recorded = self.done.get(name)
+        return recorded is not None and recorded["command"] == [module or name, *arguments]
+
+    def claim(self, name: str, value: Any) -> None:
+        """Record what the demo is made from; refuse a folder made from something else."""
+        if self.done.setdefault(name, value) != value:
+            raise ValueError(
+                f"{self.file.parent} holds a demo of {name} {self.done[name] or 'of its own'}, "
+                f"this command asks for {value or 'its own'}; choose another --out (make: OUT=...)"
+            )
+
+    def forget_after(self, name: str) -> None:
+        """A stage that is run again is followed by all later ones."""
+        recorded = self.done.pop(name, None)
+        if recorded is not None:
+            stages = {k: v for k, v in self.done.items() if isinstance(v, dict)}
+            for stage in stages:
+                if stages[stage]["order"] > recorded["order"]:
+                    del self.done[stage]
 
 
 def demo(options: Demo) -> int:
@@ -90,13 +123,15 @@ def demo(options: Demo) -> int:
     console.say(
         f"demo: {', '.join(options.slides) or 'a phantom slide'} -> {options.out}: ingest, "
         f"pretrain, embed, pack, train for {options.train_minutes:g} minutes, paint "
-        f"{options.size}x{options.size} px; about 11 minutes on two cores, 8 GB of disk"
+        f"{options.size}x{options.size} px; about 11 minutes on two cores, 6 GB of disk"
     )
     if options.dry_run:
         return console.EXIT_DONE
     out = options.out
-    console.check_free_disk(out, 8_000_000_000)
     progress = Progress(out / "demo.json")
+    progress.claim("slides", sorted(options.slides))
+    if "jobs.sample" not in progress.done:
+        console.check_free_disk(out, FREE_BYTES)
     slides = list(options.slides)
     if not slides:
         slides = [str(out / "phantom.tif")]
@@ -115,27 +150,35 @@ def demo(options: Demo) -> int:
         "pipeline.pack",
         [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
     )
-    progress.run("jobs.train", _train_arguments(options, packs, run))
-    images = out / "images"
+    images, training = out / "images", _train_arguments(options, packs, run)
+    if not progress.is_done("jobs.train", training):
+        progress.run("jobs.train", training)
+        shutil.rmtree(images, ignore_errors=True)  # painted by other weights
     arguments = [run, "--condition", store_path, "--out", str(images), "--size", str(options.size)]
     arguments += ["--steps", str(options.steps), "--guidance", "1"]
     arguments += ["--format", "ome-tiff", *(["tiff"] if store.spec.unit == "um" else ["cog"])]
     if options.region is not None:
         arguments += ["--region", str(options.region)]
     progress.run("jobs.sample", arguments)
-    _conclude(store, regions, Path(run), images, out)
-    return code
+    follows = _conclude(store, regions, Path(run), images, out)
+    return code if follows else console.EXIT_PARTIAL
 
 
 def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> int:
     """Ingest; where that finds few regions, again with overlapping ones: only a new table."""
-    arguments = [*slides, "--out", store_path, "--region", "auto", *options.ingest_options]
+    more = ["--min-tissue", str(options.min_tissue), "--cluster", options.cluster]
+    for option, value in (
+        ("--source-mpp", options.source_mpp),
+        ("--source-gsd", options.source_gsd),
+    ):
+        more += [] if value is None else [option, str(value)]
+    arguments = [*slides, "--out", store_path, "--region", "auto", *more]
     code = progress.run("pipeline.ingest", arguments)
     store, again = Store.open(Path(store_path)), "overlapping regions"
     if again in progress.done or len(store.regions()) < FEW_REGIONS:
         side = store.spec.region
         arguments = [*slides, "--out", store_path, "--region", str(side)]
-        arguments += ["--stride", str(max(side // 4, 256)), *options.ingest_options]
+        arguments += ["--stride", str(max(side // 4, 256)), *more]
         progress.run("pipeline.ingest", arguments, again)
     return code
 
@@ -148,17 +191,18 @@ def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
     ]
 
 
-def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path) -> None:
-    """Say whether every image follows its condition, and draw it beside its region."""
+def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path) -> bool:
+    """Draw every image beside its region; whether all are nearest to their own."""
     from jobs.metrics import layout_match
     from jobs.run import Run
 
-    config = Run(run).config()
+    config, follow = Run(run).config(), True
     for file in sorted(images.glob("*.json")):
         record = json.loads(file.read_text())
-        own = Region(**record["region"])
+        own = Region(**record["identity"]["region"])
         painted = OmeImage.open(images / record["image"])
         match = layout_match(painted, store, own, regions)
+        follow &= match.follows
         side = min(own.side, *painted.shape[1:])
         middle, crop = (side - CROP_PX) // 2, min(side, CROP_PX)
         rows = [
@@ -178,6 +222,7 @@ def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, 
             f"{out / file.stem}.png"
         )
     console.say(f"demo: done, {images}")
+    return follow
 
 
 def _picture(image: OmeImage, y: int, x: int, side: int, config: "RunConfig") -> np.ndarray:

@@ -57,13 +57,14 @@ def layout_match(
 ) -> LayoutMatch:
     """Compare a painted image with its own region and with every other of `regions`.
 
-    An image larger than its region is compared by the square that the region conditioned.
+    An image larger than its region is compared by the square that the region conditioned, a
+    smaller one with the same corner of every region.
     """
-    side = own.side
-    generated = thumbnail(painted, 0, 0, min(side, *painted.shape[1:]))
+    side = min(own.side, *painted.shape[1:])
+    generated = thumbnail(painted, 0, 0, side)
     distances = {}
     for region in regions:
-        real = thumbnail(store.image(region.image), region.y, region.x, region.side)
+        real = thumbnail(store.image(region.image), region.y, region.x, side)
         distances[region.index] = float(np.sqrt(np.square(generated - real).mean()))
     others = {k: d for k, d in distances.items() if k != own.index} or {own.index: float("inf")}
     nearest = min(others, key=lambda k: others[k])

@@ -58,7 +58,9 @@ def paint(
     solver = recipe.make_solver()
     shape = (painter.denoiser.config.channels, recipe.height, recipe.width)
     fields = [_field(work, name, shape) for name in ("u0", "u1")]
-    memory = _field(work, "estimate", shape) if solver.remembers else None
+    memory: list[ArrayField] | list[None] = [None, None]
+    if solver.remembers:
+        memory = [_field(work, name, shape) for name in ("estimate0", "estimate1")]
     low, high = painter.denoiser.octaves.log_snr_range()
     steps = uniform_steps(low, high, max(recipe.steps - 1, 1))
     done = _done(work, recipe)
@@ -66,7 +68,8 @@ def paint(
         tree = NoiseTree(painter.denoiser.octaves.noise, painter.denoiser.config.channels)
         start(fields[0], tree, recipe.seed, low, level=recipe.level)
     for number in range(done, recipe.steps):
-        state = Trajectory(fields[number % 2], fields[(number + 1) % 2], memory)
+        here, there = number % 2, (number + 1) % 2
+        state = Trajectory(fields[here], fields[there], memory[here], memory[there])
         if number + 1 < recipe.steps:
             advance(painter, solver, steps[number], state, partial(report, number))
         else:

@@ -20,14 +20,14 @@ STEPS = 12
 SIDE_PX = 512
 
 
-def write_preview(run: Run, packs: PackSet, step: int) -> None:
+def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> None:
     """Write run/samples/step-N.png, conditioned on the first region that is not trained on, if
     any.
     """
     config = run.config()
     entry = min(packs.regions, key=lambda e: (e.split == "train", e.key))
-    condition = to_condition([packs.tokens(entry)], config.token_scale(), [True])
-    denoiser = run.load_denoiser(device=torch.device("cpu"))
+    condition = to_condition([packs.tokens(entry)], config.token_scale(), [True]).to(device)
+    denoiser = run.load_denoiser(device=device)
     side = config.packs.side_px >> LEVEL
     recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=LEVEL)
     painter = Painter(denoiser, condition, base_level=LEVEL, held_level=LEVEL, tile=side)

@@ -144,7 +144,8 @@ class Run:
         host, pid, _ = before.owner.split(":")
         fresh = time.time() - before.heartbeat < STALE_AFTER_S
         alive = host != socket.gethostname() or Path(f"/proc/{pid}").exists()
-        if before.status == "running" and fresh and alive and int(pid) != os.getpid():
+        requeued = before.job_id is not None and before.job_id == os.environ.get("SLURM_JOB_ID")
+        if before.status == "running" and fresh and alive and not requeued:
             raise ValueError(
                 f"{self.path} is being trained by process {pid} on {host}; "
                 "wait for it, stop it, or choose another --run"
@@ -160,11 +161,15 @@ class Run:
 
     def update(self, **changes: Any) -> RunState:
         """Change fields of the state, unless another process has taken the run over."""
+        state = replace(self.check_owner(), heartbeat=time.time(), **changes)
+        self._write_state(state)
+        return state
+
+    def check_owner(self) -> RunState:
+        """The state; a `SupersededError` when another process has taken the run over."""
         state = self.state()
         if state is None or state.owner != self.owner:
             raise SupersededError(f"{self.path} now belongs to {state and state.owner}")
-        state = replace(state, heartbeat=time.time(), **changes)
-        self._write_state(state)
         return state
 
     def fail(self) -> None:
@@ -202,6 +207,8 @@ class Run:
             shutil.rmtree(folder)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add a line, unless another process has taken the run over."""
+        self.check_owner()
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -248,11 +255,10 @@ def _first_difference(a: Any, b: Any) -> tuple[str, str]:
 
 def commit() -> str:
     """The commit of the working copy that runs, or "unknown" outside one."""
+    home = Path(__file__).resolve().parent.parent
+    if not (home / ".git").exists() or shutil.which("git") is None:
+        return "unknown"
     found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
+        ["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, check=False
     )
     return found.stdout.strip() or "unknown"

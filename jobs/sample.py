@@ -11,15 +11,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 
+from conditioning.encoders import choose_device
 from conditioning.tokens import fit, from_store, to_condition
 from jobs.painting import SOLVERS, Recipe, paint
 from jobs.run import Run, RunConfig
+from model.denoiser import PyramidDenoiser
 from model.generate import ArrayField, Painter
 from pipeline import console
 from pipeline.export import export_image
@@ -102,11 +104,7 @@ def make_plan(options: Sample, store: Store) -> Plan:
         chosen = [min(regions, key=lambda region: (region.split == "train", region.index))]
     height, width = _size(options.size, chosen[0].side)
     level, coarse = SCALES[options.scale], config.denoiser.coarse_px
-    device = torch.device(
-        options.device
-        if options.device != "auto"
-        else ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    device = choose_device(options.device)
     # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
     recipe = Recipe(
         -(-height // coarse) * coarse >> level,
@@ -145,7 +143,7 @@ def sample(options: Sample) -> int:
     store = Store.open(options.condition)
     plan = make_plan(options, store)
     recipe, channels = plan.recipe, len(plan.config.packs.bands)
-    fields = 2 + SOLVERS[options.solver].remembers
+    fields = 4 if SOLVERS[options.solver].remembers else 2
     work_bytes = 4 * fields * channels * recipe.height * recipe.width
     console.say(
         f"sample: {len(plan.regions)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
@@ -155,71 +153,107 @@ def sample(options: Sample) -> int:
     )
     if options.dry_run:
         return console.EXIT_DONE
-    console.check_free_disk(options.out, 2 * work_bytes)
-    denoiser = Run(options.run).load_denoiser(device=plan.device)
-    cells = recipe.height * recipe.width
+    run = Run(options.run)
+    denoiser = run.load_denoiser(device=plan.device)
     for region in plan.regions:
         name = f"{region.image}_region{region.index}_seed{options.seed}"
-        if (options.out / f"{name}.json").is_file():
-            _check_same(options, plan, name)
+        identity = _identity(run, store, plan, region)
+        record = options.out / f"{name}.json"
+        if record.is_file():
+            _check_same(record, identity)
             console.say(f"sample: {name} is already done")
-            continue
-        started = time.monotonic()
-        lattices = fit(from_store(store, plan.config.packs, region), *plan.size_px)
-        condition = to_condition([lattices], plan.config.token_scale(), [True]).to(plan.device)
-        painter = Painter(
-            denoiser,
-            condition,
-            guidance=options.guidance,
-            tile=min(plan.tile, recipe.height, recipe.width),
-            base_level=recipe.level,
-        )
-        work = options.out / f".work-{name}"
-        with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
-            field = paint(painter, recipe, work, lambda step, n: count(step * cells, n))
-        _write_image(options, plan, region, field, options.out / f"{name}.zarr")
+        else:
+            console.check_free_disk(options.out, 2 * work_bytes)
+            cost = _paint(options, store, denoiser, plan, region, name, identity)
+            console.write_json_atomic(
+                record, {"image": f"{name}.zarr", "identity": identity, **cost}
+            )
         for kind in options.format:
             if kind != "zarr":
-                export_image(
-                    options.out / f"{name}.zarr",
-                    options.out / f"{name}{SUFFIXES[kind]}",
-                    format=kind,
-                )
-        record = _record(options, plan, region, name)
-        record["seconds"] = round(time.monotonic() - started, 1)
-        record["peak_memory_gb"] = round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2
-        )
-        console.write_json_atomic(options.out / f"{name}.json", record)
-        shutil.rmtree(work)
+                target = options.out / f"{name}{SUFFIXES[kind]}"
+                export_image(options.out / f"{name}.zarr", target, format=kind)
+        shutil.rmtree(options.out / f".work-{name}", ignore_errors=True)
     console.say(f"sample: done, {options.out}")
     return console.EXIT_DONE
 
 
-def _record(options: Sample, plan: Plan, region: Region, name: str) -> dict[str, object]:
+def _identity(run: Run, store: Store, plan: Plan, region: Region) -> dict[str, Any]:
+    """Everything that an image follows from; another value makes another image."""
+    state = run.state()
     return {
-        "image": f"{name}.zarr",
-        "formats": list(options.format),
-        "run": str(options.run),
-        "store": str(options.condition),
+        "run": str(run.path.resolve()),
+        "checkpoint": state.checkpoint if state else None,
+        "store_fingerprint": store.fingerprint(),
         "region": asdict(region),
         "recipe": asdict(plan.recipe),
         "size_px": list(plan.size_px),
     }
 
 
-def _check_same(options: Sample, plan: Plan, name: str) -> None:
-    there = json.loads((options.out / f"{name}.json").read_text())
-    if there["recipe"] != asdict(plan.recipe) or there["size_px"] != list(plan.size_px):
-        raise ValueError(
-            f"{options.out / name} was painted with {there['recipe']}, this command asks for "
-            f"{asdict(plan.recipe)}; choose another --out or --seed"
-        )
+def _check_same(record: Path, identity: dict[str, Any]) -> None:
+    there = json.loads(record.read_text())["identity"]
+    for name, value in identity.items():
+        if there[name] != value:
+            raise ValueError(
+                f"{record.with_suffix('')} was painted with {name} = {there[name]}, this command "
+                f"asks for {value}; choose another --out or --seed"
+            )
 
 
-def _write_image(
-    options: Sample, plan: Plan, region: Region, field: ArrayField, path: Path
-) -> None:
+def _paint(
+    options: Sample,
+    store: Store,
+    denoiser: PyramidDenoiser,
+    plan: Plan,
+    region: Region,
+    name: str,
+    identity: dict[str, Any],
+) -> dict[str, float]:
+    """Paint one image and write it as OME-Zarr; what that cost."""
+    started = time.monotonic()
+    recipe = plan.recipe
+    work = options.out / f".work-{name}"
+    begun = work / "identity.json"
+    if not begun.is_file() or json.loads(begun.read_text()) != identity:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(options.out / f"{name}.zarr", ignore_errors=True)
+        console.write_json_atomic(begun, identity)
+    lattices = fit(from_store(store, plan.config.packs, region), *plan.size_px)
+    condition = to_condition([lattices], plan.config.token_scale(), [True]).to(plan.device)
+    painter = Painter(
+        denoiser,
+        condition,
+        guidance=options.guidance,
+        tile=min(plan.tile, recipe.height, recipe.width),
+        base_level=recipe.level,
+    )
+    cells = recipe.height * recipe.width
+    with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
+        field = paint(painter, recipe, work, lambda step, n: count(step * cells, n))
+    attributes = {**_place(store, region, 2**recipe.level), "gigabrush": identity}
+    _write_image(plan, field, options.out / f"{name}.zarr", attributes)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_gb": round(peak_bytes / 1e9, 2),
+    }
+
+
+def _place(store: Store, region: Region, scale: int) -> dict[str, Any]:
+    """The region's place on the ground, for an image whose pixels are `scale` times as large."""
+    attributes = store.image(region.image).attributes
+    if "spatial:transform" not in attributes:
+        return {}
+    a, b, c, d, e, f = attributes["spatial:transform"]
+    corner = (c + a * region.x + b * region.y, f + d * region.x + e * region.y)
+    transform = [a * scale, b * scale, corner[0], d * scale, e * scale, corner[1]]
+    kept: dict[str, Any] = {
+        key: attributes[key] for key in ("proj:code", "proj:wkt2") if key in attributes
+    }
+    return {**kept, "spatial:transform": transform}
+
+
+def _write_image(plan: Plan, field: ArrayField, path: Path, attributes: dict[str, Any]) -> None:
     """The painted field as an OME-Zarr image of the store's dtype, shard by shard."""
     packs, level = plan.config.packs, plan.recipe.level
     height, width = (-(-extent >> level) for extent in plan.size_px)
@@ -230,7 +264,7 @@ def _write_image(
         packs.spacing * 2**level,
         UNITS[packs.unit],
         packs.bands,
-        {"gigabrush": {"painted": True, **_record(options, plan, region, path.stem)}},
+        attributes,
     )
     limit = np.iinfo(packs.dtype).max
     for key in image.shard_keys():

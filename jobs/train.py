@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.data import Batch, Batches
@@ -67,6 +68,8 @@ class Train:
     """Steps between checkpoints."""
     log_every: int = 10
     seed: int = 0
+    init_from: str | None = None
+    """Weights to start from: weights.safetensors or ema.safetensors of another run."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -90,7 +93,7 @@ def make_config(options: Train, packs: PackSet) -> RunConfig:
         coarse_level=settings.coarse_level,
         floor=options.noise_floor,
     )
-    free = {"packs", "run", "max_minutes", "save_every", "log_every", "dry_run", "zero"}
+    free = {"packs", "run", "max_minutes", "save_every", "log_every", "dry_run"}
     training = {k: v for k, v in asdict(options).items() if k not in free}
     octaves = Octaves(statistics.signal, statistics.residual, noise)
     return RunConfig(options.preset, denoiser, octaves, settings, statistics, training)
@@ -103,10 +106,17 @@ def train(options: Train) -> int:
             f"--zero takes 0, 1 or 2 and --precision auto, fp32 or bf16, "
             f"not {options.zero} and {options.precision!r}"
         )
+    for name in ("steps", "batch", "save_every", "log_every"):
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} takes a positive number, not {getattr(options, name)}"
+            )
     packs = PackSet.open(options.packs)
     config = make_config(options, packs)
     torch.manual_seed(options.seed)
     denoiser = PyramidDenoiser(config.denoiser, config.octaves)
+    if options.init_from is not None:
+        initialise(denoiser, Path(options.init_from))
     parameters = sum(p.numel() for p in denoiser.parameters())
     batches = Batches(
         packs, options.batch, options.seed, options.condition_dropout, options.augment
@@ -136,16 +146,32 @@ def train(options: Train) -> int:
             run.claim(config)
             console.say(plan)
     before = from_first_rank(before, ranks)
+    status = "done"
     if not _finished(before, options):
         trainer = Trainer(options, denoiser, ranks, run, packs)
         try:
-            trainer.loop(batches, before)
+            status = trainer.loop(batches, before)
         except BaseException:
             if ranks.rank == 0:
                 run.fail()
             raise
     torch.distributed.destroy_process_group()
-    return console.EXIT_DONE
+    return console.EXIT_DONE if status == "done" else console.EXIT_PREEMPTED
+
+
+def initialise(denoiser: PyramidDenoiser, file: Path) -> None:
+    """Load weights of a denoiser of the same size."""
+    if not file.is_file():
+        raise ValueError(f"--init-from {file} does not exist; name a .safetensors file")
+    weights, own = load_file(file), denoiser.state_dict()
+    other = sorted(k for k in {*weights, *own} if k not in weights or k not in own)
+    other += sorted(k for k in weights if k in own and weights[k].shape != own[k].shape)
+    if other:
+        raise ValueError(
+            f"--init-from {file} holds weights of another denoiser ({other[0]} and "
+            f"{len(other) - 1} more differ); use the preset and encoder that it was trained with"
+        )
+    denoiser.load_state_dict(weights)
 
 
 def _finished(before: RunState | None, options: Train) -> bool:
@@ -184,13 +210,13 @@ class Trainer:
         self.stopping = False
         self.beat = time.monotonic()
 
-    def loop(self, batches: Batches, before: RunState | None) -> None:
-        """Train from the last checkpoint to the end, the time limit or SIGTERM."""
+    def loop(self, batches: Batches, before: RunState | None) -> str:
+        """Train on to the end, the time limit (`done`) or SIGTERM (`preempted`)."""
         options, first = self.options, 0
         if before is not None and before.checkpoint is not None:
             first = self._resume(before)
         seconds_before = before.seconds if before is not None and first else 0.0
-        signal.signal(signal.SIGTERM, self._stop)
+        handler = signal.signal(signal.SIGTERM, self._stop)
         started = time.monotonic()
         source = batches.iterate(first, self.ranks.rank, self.ranks.world)
         step, status = first, "done"
@@ -198,17 +224,15 @@ class Trainer:
             range(first + 1, options.steps + 1), total=options.steps - first, desc="train"
         ):
             batch = next(source).to(self.ranks.device)
-            losses = self._step(step, seconds_before + time.monotonic() - started, batch)
-            seconds = seconds_before + time.monotonic() - started
+            seconds, stopping = self._agree(seconds_before + time.monotonic() - started)
+            losses = self._step(step, seconds, batch)
             if step % options.log_every == 0 or step == 1:
                 self._log(step, losses, seconds)
             self._show_life()
-            if self._agreed(self.stopping):
+            if stopping:
                 status = "preempted"
                 break
-            if options.max_minutes is not None and self._agreed(
-                seconds >= 60 * options.max_minutes
-            ):
+            if options.max_minutes is not None and seconds >= 60 * options.max_minutes:
                 break
             if step % options.save_every == 0 and step < options.steps:
                 self._save(step, seconds, "running")
@@ -216,6 +240,8 @@ class Trainer:
         self._save(step, seconds_before + time.monotonic() - started, status)
         if self.ranks.rank == 0:
             console.say(f"train: {status} at step {step}; {self.run.path}")
+        signal.signal(signal.SIGTERM, handler)
+        return status
 
     def _step(self, step: int, seconds: float, batch: Batch) -> Tensor:
         for group in self.engine.optimizer.param_groups:
@@ -238,13 +264,14 @@ class Trainer:
         rise = min(step / max(self.options.warmup, 1), 1.0)
         return self.options.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * done))
 
-    def _agreed(self, mine: bool) -> bool:
-        """Whether any rank says so; all ranks get the same answer."""
+    def _agree(self, seconds: float) -> tuple[float, bool]:
+        """Rank 0's clock, and whether any rank was told to stop: the same on all ranks."""
         if self.ranks.world == 1:
-            return mine
-        flag = torch.tensor(float(mine), device=self.ranks.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+            return seconds, self.stopping
+        mine = [seconds if self.ranks.rank == 0 else 0.0, float(self.stopping)]
+        shared = torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return float(shared[0]), bool(shared[1])
 
     def _show_life(self) -> None:
         """Renew the heartbeat, and stop if another process owns the run by now."""
@@ -274,6 +301,8 @@ class Trainer:
 
     def _save(self, step: int, seconds: float, status: str) -> None:
         folder = self.run.checkpoint_folder(step)
+        if self.ranks.rank == 0:
+            self.run.check_owner()
         self.engine.save_checkpoint(str(folder / "deepspeed"), tag="state")
         if self.ranks.rank == 0:
             weights = dict(self.objective.denoiser.named_parameters())
@@ -281,12 +310,17 @@ class Trainer:
             self.run.write_weights(step, "ema", self.ema)
             self.run.update(status=status, step=step, seconds=seconds, checkpoint=folder.name)
             self.run.drop_old_checkpoints()
-            write_preview(self.run, self.packs, step)
+            write_preview(self.run, self.packs, step, self.ranks.device)
         torch.distributed.barrier()
 
     def _resume(self, before: RunState) -> int:
         folder = self.run.path / "checkpoints" / str(before.checkpoint)
-        self.engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
+        loaded, _ = self.engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
+        if loaded is None:
+            raise ValueError(
+                f"{folder} has lost its deepspeed folder, so the run cannot go on; start another "
+                f"--run with --init-from {folder / 'weights.safetensors'}"
+            )
         ema = self.run.read_weights(before.step, "ema")
         self.ema = {name: value.to(self.ranks.device) for name, value in ema.items()}
         if self.ranks.rank == 0:

@@ -14,7 +14,7 @@ In training levels are windows (`design.ZoomDesign`), in generation they are den
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from model.attention import Condition, TokenEncoder, look_up
@@ -219,10 +219,3 @@ class PyramidDenoiser(nn.Module):
         """What F should have been at `level`."""
         wanted = truth if level == self.config.coarse_level else detail(truth)
         return (wanted - known) / precondition(self.octaves, level, log_snr).c_out
-
-
-def scored_interior(window: int, halo: int, device: torch.device) -> Bool[Tensor, "w w 1"]:
-    """The cells of a window whose estimate has all its neighbours."""
-    inside = torch.zeros(window, window, 1, dtype=torch.bool, device=device)
-    inside[halo : window - halo, halo : window - halo] = True
-    return inside

@@ -246,16 +246,17 @@ def start(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The state of a generation: u_t, the field that receives u at the next step, and the last
-    estimate of u_0.
+    """The fields of one step, all of one shape: what it reads, and what it writes.
 
-    `estimate` is needed only by solvers that remember; the same three fields serve a whole
-    trajectory.
+    It reads u_t and, with solvers that remember, the estimate of the step before; it writes u at
+    the next step and this step's estimate. Nothing that is read is written, so a step can be
+    repeated.
     """
 
     current: Field
     following: Field
-    estimate: Field | None
+    estimate_before: Field | None = None
+    estimate: Field | None = None
 
 
 def advance(
@@ -273,9 +274,10 @@ def advance(
     for box, u, x0 in painter.estimate(state.current, step.now):
         before = None
         if solver.remembers:
-            assert state.estimate is not None
-            before = state.estimate.read(box).to(x0.device) if step.before is not None else None
+            assert state.estimate is not None and state.estimate_before is not None
             state.estimate.write(box, x0)
+            if step.before is not None:
+                before = state.estimate_before.read(box).to(x0)
         state.following.write(box, solver(u, x0, before, step))
         report(box.height * box.width)
 

@@ -6,14 +6,11 @@ pixel itself. The random pixels of a training draw are cells of level 0, a thumb
 of one level, a window is a rectangle of cells. A cell's four children tile it, so the mean over a
 cell is the mean of the means over its children.
 
-Everything here is numpy only, so that ingest and packing use it on machines without torch.
+Nothing here needs torch, so that ingest and packing use it on machines without it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
-from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,6 @@ class Box:
         return Box(self.level, y, x, bottom - y, right - x)
 
 
-def level_shape(height_px: int, width_px: int, level: int) -> tuple[int, int]:
-    """Cells of `level` that an image touches: ceil(n / 2^level) each way."""
-    return -(-height_px >> level), -(-width_px >> level)
-
-
-def image_box(height_px: int, width_px: int, level: int) -> Box:
-    """All cells of one level of an image."""
-    return Box(level, 0, 0, *level_shape(height_px, width_px, level))
-
-
 def tiles(height: int, width: int, tile: int, *, level: int = 0) -> Iterator[Box]:
     """Boxes of at most tile x tile cells that partition height x width cells, row by row.
 
@@ -102,12 +89,3 @@ def tiles(height: int, width: int, tile: int, *, level: int = 0) -> Iterator[Box
     for y in range(0, height, tile):
         for x in range(0, width, tile):
             yield Box(level, y, x, min(tile, height - y), min(tile, width - x))
-
-
-def area_means(values: Float[np.ndarray, "c h w"], levels: int) -> Float[np.ndarray, "c hc wc"]:
-    """Means over the cells `levels` coarser; h and w must be multiples of 2^levels."""
-    cell = 1 << levels
-    c, h, w = values.shape
-    if h % cell or w % cell:
-        raise ValueError(f"{h}x{w} values do not divide into cells of {cell}x{cell}")
-    return values.reshape(c, h // cell, cell, w // cell, cell).mean(axis=(2, 4))

@@ -95,7 +95,7 @@ def level_losses(
     observed = (draw.lattice + sigma * noise.lattice) * present
     descent = denoiser.lattice(observed, present, log_snr, tokens)
     target = denoiser.correction_target(levels, draw.lattice, descent.known, log_snr)
-    losses = [_mean_square(descent.correction - target, present)]
+    losses = [_mean_square(descent.correction - target, present, present.numel())]
 
     image = torch.arange(b, device=device).repeat_interleave(chains)
     sigma, log_snr = sigma[image], log_snr[image]
@@ -111,12 +111,18 @@ def level_losses(
             level, parents, observed, present, origins, log_snr, tokens, image
         )
         target = denoiser.correction_target(level, truth, descent.known, log_snr)
-        losses.append(_mean_square(descent.correction - target, present * interior))
+        most = len(present) * float(interior.sum())
+        losses.append(_mean_square(descent.correction - target, present * interior, most))
         index, corner = torch.arange(b * chains, device=device), origins
     return torch.stack(losses[::-1])
 
 
 def _mean_square(
-    error: Float[Tensor, "n h w c"], weight: Float[Tensor, "n h w 1"]
+    error: Float[Tensor, "n h w c"], weight: Float[Tensor, "n h w 1"], most: float
 ) -> Float[Tensor, ""]:
-    return (error.square().mean(dim=-1, keepdim=True) * weight).sum() / weight.sum().clamp(min=1.0)
+    """Weighted sum over `most`, the weight of a batch whose every cell is there.
+
+    Not over the weight that is: every cell counts alike, wherever windows stick out, and the loss
+    of a batch is the mean of the losses of its parts, however ranks share it.
+    """
+    return (error.square().mean(dim=-1, keepdim=True) * weight).sum() / most

@@ -26,13 +26,6 @@ from model.noise import NoiseSpectrum
 _LEAST_VARIANCE = 1e-4
 
 
-def alpha_sigma(
-    log_snr: Float[Tensor, " *b"],
-) -> tuple[Float[Tensor, " *b"], Float[Tensor, " *b"]]:
-    """sqrt(abar) and sqrt(1 - abar)."""
-    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-
-
 @dataclass(frozen=True)
 class Octaves:
     """Signal and noise variance of every octave, in standardised units (mean over bands).

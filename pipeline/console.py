@@ -24,7 +24,7 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 REPORT_EVERY_S = 30.0
-EXIT_DONE, EXIT_USAGE, EXIT_PARTIAL = 0, 2, 3
+EXIT_DONE, EXIT_USAGE, EXIT_PARTIAL, EXIT_PREEMPTED = 0, 2, 3, 75
 
 
 def run(
@@ -39,7 +39,7 @@ def run(
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         return body(options)
-    except ValueError as mistake:
+    except (ValueError, OSError) as mistake:
         print(f"{prog}: {mistake}", file=sys.stderr)
         return EXIT_USAGE
 

@@ -81,7 +81,9 @@ def ingest(options: Options) -> int:
     """Do what `options` say; returns the exit code."""
     region = _check(options)
     out = options.out
-    store = Store.open(out) if out.exists() else None
+    # A process killed at its very start leaves a folder with nothing but a lock.
+    begun = out.exists() and any(not i.name.startswith(LOCK_NAME) for i in out.iterdir())
+    store = Store.open(out) if begun else None
     target, unit = (options.gsd, "m") if options.gsd is not None else (options.mpp, "um")
     plan = make_plan(
         options.inputs,

@@ -30,13 +30,18 @@ def hold_lock(path: Path) -> Iterator[None]:
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    while True:
-        try:
-            with path.open("x") as stream:
-                json.dump(owner, stream)
-            break
-        except FileExistsError:
-            _remove_if_dead(path)
+    text = json.dumps(owner)
+    own = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    own.write_text(text)
+    try:
+        while True:
+            try:
+                os.link(own, path)  # whole from the start, and only if there is none
+                break
+            except FileExistsError:
+                _remove_if_dead(path)
+    finally:
+        own.unlink()
     released = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, released), daemon=True)
     heart.start()
@@ -45,7 +50,9 @@ def hold_lock(path: Path) -> Iterator[None]:
     finally:
         released.set()
         heart.join()
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_text() == text:  # not taken over meanwhile
+                path.unlink()
 
 
 def _beat(path: Path, released: threading.Event) -> None:
@@ -63,7 +70,10 @@ def _remove_if_dead(path: Path) -> None:
     holder = json.loads(text) if text.endswith("}") else {}
     here = holder.get("host") == socket.gethostname()
     if age_s > DEAD_AFTER_S or (here and not Path(f"/proc/{holder['pid']}").exists()):
-        path.unlink(missing_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.dead")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)  # one of several that saw it dead succeeds
+            aside.unlink()
         return
     raise ValueError(
         f"{path.parent} is being written by process {holder.get('pid')} on {holder.get('host')} "

@@ -87,6 +87,11 @@ def make_plan(options: Pack) -> Plan:
     regions = store.regions()
     if not regions:
         raise ValueError(f"{options.store} has no regions; ingest it with a smaller --region")
+    if not any(region.split == "train" for region in regions):
+        raise ValueError(
+            f"none of the {len(regions)} regions of {options.store} is in the train split; "
+            "ingest with a split that leaves some to learn from"
+        )
     side = store.spec.region
     design = ZoomDesign(options.points, options.coarse_level, options.window, options.halo)
     if side % (1 << options.coarse_level):
@@ -338,8 +343,6 @@ def _write_index(out: Path, plan: Plan) -> None:
             )
             if item["split"] == "train":
                 train.append(content["moments"][str(item["index"])])
-    if not train:
-        raise ValueError(f"{plan.settings.store} has no training region to measure statistics on")
     moments = _moments(train[0])
     for measured in train[1:]:
         moments = moments + _moments(measured)

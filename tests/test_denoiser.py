@@ -142,9 +142,12 @@ def test_absent_cells_change_nothing() -> None:
     log_snr, tokens = torch.zeros(1).double(), net.encode(condition(1))
 
     def estimate(filling: float) -> Tensor:
-        values = torch.where(present > 0, means, torch.full_like(means, filling))
-        around = parents.crop(index, zero - 1, (10, 14))
-        shown = values * present
+        gone = parents.present == 0
+        filled = Layer(
+            torch.where(gone, filling, parents.estimate), parents.features, parents.present
+        )
+        around = filled.crop(index, zero - 1, (10, 14))
+        shown = torch.where(present > 0, means, torch.zeros_like(means))
         return net.descend(2, around, shown, present, zero, log_snr, tokens, index).layer.estimate
 
     assert torch.equal(estimate(0.0), estimate(1e6))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.lattice import Box, area_means, image_box, level_shape, tiles
+from model.lattice import Box, tiles
 
 boxes = st.builds(
     Box,
@@ -51,17 +51,10 @@ def test_growing_keeps_the_middle(box: Box, cells: int) -> None:
     assert (ys.stop - ys.start, xs.stop - xs.start) == box.shape
 
 
-def test_area_means_of_means_are_area_means() -> None:
-    values = np.random.default_rng(0).normal(size=(3, 64, 96))
-    twice = area_means(area_means(values, 2), 3)
-    np.testing.assert_allclose(area_means(values, 5), twice, atol=1e-12)
-    np.testing.assert_allclose(area_means(values, 1)[1, 3, 4], values[1, 6:8, 8:10].mean())
-
-
-def test_levels_round_up_and_bad_boxes_are_refused() -> None:
-    assert level_shape(4097, 64, 5) == (129, 2)
-    assert image_box(100, 60, 3) == Box(3, 0, 0, 13, 8)
-    with pytest.raises(ValueError, match="do not divide"):
-        area_means(np.zeros((1, 33, 32)), 5)
+def test_bad_boxes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one cell"):
         Box(0, 0, 0, 0, 3)
+    with pytest.raises(ValueError, match="is finer than"):
+        Box(3, 0, 0, 1, 1).cover(2)
+    with pytest.raises(ValueError, match="is coarser than"):
+        Box(3, 0, 0, 1, 1).refine(4)
