@@ -41,7 +41,8 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
         stop_when(start("jobs.demo", command), turn, signal.SIGKILL)
         after = done()
         assert {name: after[name] for name in before} == before
-    output = run("jobs.demo", command)
+    # Trained for seconds, the image may not follow its condition: exit 3 says so.
+    output = run("jobs.demo", command, good=(0, 3))
     assert output.count("is already done") >= 6
     assert "from its own region" in output
     (ome,) = out.glob("images/*.ome.tif")
@@ -51,6 +52,6 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.series[0].levels[0].asarray(), shown)
         assert float(opened.properties["openslide.mpp-y"]) == pytest.approx(0.5)
     assert list(out.glob("*.png"))
-    again = run("jobs.demo", command)
+    again = run("jobs.demo", command, good=(0, 3))
     assert again.count("is already done") == len(done())
     assert "python -m" not in again

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import jobs.train
 from jobs.run import Run
+from pipeline.console import EXIT_PREEMPTED
 
 STEPS = 6
 
@@ -87,7 +88,7 @@ def test_sigterm_saves_first(chain: Chain, tmp_path: Path) -> None:
     process = start("jobs.train", train_arguments(chain, folder, 10_000, "--save-every", "5000"))
     metrics_file = folder / "metrics.jsonl"
     output = stop_when(process, metrics_file.is_file, signal.SIGTERM)
-    assert process.returncode == 0, output
+    assert process.returncode == EXIT_PREEMPTED, output
     assert state(folder)["status"] == "preempted"
     assert int(str(state(folder)["step"])) >= 1
     assert weights(folder)
