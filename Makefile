@@ -1,5 +1,8 @@
 # Everything a newcomer needs: `make demo` and `make test`. Each sets up the environment it needs.
-PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell command -v $(name))))
+# The first Python that really runs, is recent enough and can make environments.
+FIT    := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.11,\
+            $(shell $(name) -c '$(FIT)' 2>/dev/null && echo $(name))))
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo
@@ -10,7 +13,7 @@ SLIDES ?=
 setup: $(VENV)/.done
 
 $(VENV)/.done: requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "gigabrush needs Python 3.11 or later; name one with make PYTHON=python3.12")'
+	$(if $(PYTHON),,$(error gigabrush needs Python 3.11 or 3.12 with venv; name one with make PYTHON=...))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock

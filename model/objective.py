@@ -88,14 +88,14 @@ def level_losses(
     tokens = denoiser.encode(condition)
     sigma = torch.exp(-log_snr / 2)[:, None, None, None]
     halo = denoiser.config.halo
-    interior = torch.zeros(window, window, 1, device=device)
+    interior = torch.zeros(window, window, 1, device=device, dtype=draw.lattice.dtype)
     interior[halo : window - halo, halo : window - halo] = 1.0
 
-    present = draw.lattice_present.float()
+    present = draw.lattice_present.to(draw.lattice)
     observed = (draw.lattice + sigma * noise.lattice) * present
     descent = denoiser.lattice(observed, present, log_snr, tokens)
     target = denoiser.correction_target(levels, draw.lattice, descent.known, log_snr)
-    losses = [_mean_square(descent.correction - target, present, present.numel())]
+    losses = [_mean_square(descent.correction - target, present, float(present.numel()))]
 
     image = torch.arange(b, device=device).repeat_interleave(chains)
     sigma, log_snr = sigma[image], log_snr[image]
@@ -105,7 +105,7 @@ def level_losses(
         margin = (window // 2 + 2, window // 2 + 2)
         parents: Layer = descent.layer.detached().crop(index, origins // 2 - corner - 1, margin)
         truth = draw.windows[:, :, level].flatten(0, 1)
-        present = draw.windows_present[:, :, level].flatten(0, 1).float()
+        present = draw.windows_present[:, :, level].flatten(0, 1).to(truth)
         observed = (truth + sigma * noise.windows[level]) * present
         descent = denoiser.descend(
             level, parents, observed, present, origins, log_snr, tokens, image
@@ -118,7 +118,9 @@ def level_losses(
 
 
 def _mean_square(
-    error: Float[Tensor, "n h w c"], weight: Float[Tensor, "n h w 1"], most: float
+    error: Float[Tensor, "n h w c"],
+    weight: Float[Tensor, "n h w 1"],
+    most: float,
 ) -> Float[Tensor, ""]:
     """Weighted sum over `most`, the weight of a batch whose every cell is there.
 
