@@ -106,6 +106,7 @@ def connect(where: str, workers: int | None = None) -> Iterator[Workers]:
     from distributed import Client
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_unchanged_environment())
         stack.enter_context(dask.config.set({"distributed.comm.timeouts.connect": "30s"}))
         address = stack.enter_context(_cluster(where, workers)) if "://" not in where else where
         try:
@@ -115,6 +116,21 @@ def connect(where: str, workers: int | None = None) -> Iterator[Workers]:
                 f"no Dask scheduler answers at {where} ({error}); start one there"
             ) from error
         yield DaskWorkers(client)
+
+
+@contextlib.contextmanager
+def _unchanged_environment() -> Iterator[None]:
+    """Undo what Dask writes into this process's environment for its workers to inherit.
+
+    It sets OMP_NUM_THREADS=1 and its like, which would hold torch, imported later in the same
+    process, to one core.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _cluster(where: str, workers: int | None) -> Any:

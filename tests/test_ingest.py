@@ -17,6 +17,7 @@ import zarr
 from ome_zarr_models.v05 import Image, Labels
 from rasterio import Affine
 
+from pipeline.cluster import connect
 from pipeline.ingest import main
 from pipeline.lock import hold_lock
 from pipeline.readers import open_reader
@@ -306,3 +307,12 @@ def test_a_slide_of_one_kind_is_not_cut_in_two(level: int) -> None:
 def test_importing_the_ingest_needs_no_torch() -> None:
     code = "import sys, pipeline.ingest, pipeline.work; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_dask_cluster_leaves_no_trace_in_the_environment() -> None:
+    """Else torch, imported later in the same process, would be held to one core."""
+    before = dict(os.environ)
+    with connect("local", 1) as workers:
+        workers.submit(os.getpid)
+        assert workers.next_result()[1] != os.getpid()
+    assert dict(os.environ) == before
