@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python -m jobs.demo --out "$(OUT)" $(if $(SLIDES),--slides $(SLIDES))
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .
