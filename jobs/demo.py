@@ -204,11 +204,14 @@ def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, 
         match = layout_match(painted, store, own, regions)
         follow &= match.follows
         side = min(own.side, *painted.shape[1:])
-        middle, crop = (side - CROP_PX) // 2, min(side, CROP_PX)
+        crop = min(side, CROP_PX)
+        dy, dx = _liveliest(store.image(own.image), own.y, own.x, side, crop)
+        places = ((0, 0, side), (dy, dx, crop))
+        corners = ((store.image(own.image), own.y, own.x), (painted, 0, 0))
         rows = [
-            _picture(image, y + offset, x + offset, extent, config)
-            for image, y, x in ((store.image(own.image), own.y, own.x), (painted, 0, 0))
-            for offset, extent in ((0, side), (max(middle, 0), crop))
+            _picture(image, y + dy, x + dx, extent, config)
+            for image, y, x in corners
+            for dy, dx, extent in places
         ]
         sheet = np.concatenate([np.concatenate(rows[:2], 0), np.concatenate(rows[2:], 0)], 1)
         Image.fromarray(sheet).save(out / f"{file.stem}.png")
@@ -223,6 +226,18 @@ def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, 
         )
     console.say(f"demo: done, {images}")
     return follow
+
+
+def _liveliest(image: OmeImage, y: int, x: int, side: int, crop: int) -> tuple[int, int]:
+    """Where, on a grid over a region, a square of `crop` px varies most: (y, x) in the region."""
+    best = (-1.0, 0, 0)
+    for dy in range(0, side - crop + 1, crop):
+        for dx in range(0, side - crop + 1, crop):
+            level = min(2, image.num_levels - 1)
+            extent = crop >> level
+            pixels = image.read((y + dy) >> level, (x + dx) >> level, extent, extent, level)
+            best = max(best, (float(pixels.std()), dy, dx))
+    return best[1:]
 
 
 def _picture(image: OmeImage, y: int, x: int, side: int, config: "RunConfig") -> np.ndarray:
