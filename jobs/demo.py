@@ -151,8 +151,9 @@ def demo(options: Demo) -> int:
         [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
     )
     images, training = out / "images", _train_arguments(options, packs, run)
-    if not progress.is_done("jobs.train", training):
-        progress.run("jobs.train", training)
+    trained = progress.is_done("jobs.train", training)
+    progress.run("jobs.train", training)
+    if not trained:
         shutil.rmtree(images, ignore_errors=True)  # painted by other weights
     arguments = [run, "--condition", store_path, "--out", str(images), "--size", str(options.size)]
     arguments += ["--steps", str(options.steps), "--guidance", "1"]
