@@ -128,15 +128,13 @@ def test_killed_and_run_again_equals_undisturbed_and_repeats_nothing(tmp_path: P
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as first:
-        while not list(killed.glob("images/*/0/c/0/*/*")) and first.poll() is None:
+        while not finished_shards(killed) and first.poll() is None:
             time.sleep(0.01)
         assert first.poll() is None, "the ingest ended before it could be killed"
         os.kill(first.pid, signal.SIGKILL)
     while _workers_of(killed):
         time.sleep(0.1)
-    survivors = {
-        p: p.stat().st_mtime_ns for p in killed.glob("images/*/0/c/0/*/*") if p.suffix == ""
-    }
+    survivors = {p: p.stat().st_mtime_ns for p in finished_shards(killed)}
     assert 0 < len(survivors) < 6
     assert (killed / ".ingest.lock").exists()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -151,6 +149,11 @@ def test_killed_and_run_again_equals_undisturbed_and_repeats_nothing(tmp_path: P
     shards = {p: p.stat().st_mtime_ns for p in killed.rglob("images/**/c/**/*") if p.is_file()}
     assert ingest(slide, "--out", killed, *options) == 0
     assert {p: p.stat().st_mtime_ns for p in shards} == shards
+
+
+def finished_shards(store: Path) -> list[Path]:
+    """Level-0 shards under their final names."""
+    return [p for p in store.glob("images/*/0/c/0/*/*") if p.suffix == ""]
 
 
 def _workers_of(store: Path) -> list[str]:
