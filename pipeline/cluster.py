@@ -144,7 +144,7 @@ def _cluster(where: str, workers: int | None) -> Any:
             dashboard_address=None,
         )
     try:
-        from dask_jobqueue import SLURMCluster  # type: ignore[import-not-found,unused-ignore]
+        from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise ValueError(
             "--cluster slurm needs dask-jobqueue, which is not installed: pip install "

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share two cores
-install_import_hook(["model", "pipeline", "conditioning", "jobs"], "beartype.beartype")
+install_import_hook(["model", "pipeline", "conditioning", "jobs", "slurm"], "beartype.beartype")
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402

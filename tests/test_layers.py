@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("model", "pipeline", "conditioning", "jobs")
+ROOMS = ("model", "pipeline", "conditioning", "jobs", "slurm")
 NUMPY_ONLY = ("model.lattice", "model.design")
 
 
