@@ -1,11 +1,12 @@
 """The pyramid denoiser: a U-Net on the exact coarse means, then level by level down to the pixel.
 
 Observed is y = u_t / sqrt(abar) as area means over cells. At the coarse lattice (cells of 32 px) a
-U-Net with cross-attention to the tokens corrects their linear estimate (`wiener`). Each finer level predicts its
-values from its parents by their slopes, corrects that with its own observed details (a Wiener
-step), and then with a small local network that sees its parents' features: three terms, of which
-only the last is learned. Siblings' details sum to zero, so that a cell's estimate *is* the mean of
-the estimates below it; the layout is decided at the lattice and never contradicted by the pixels.
+U-Net with cross-attention to the tokens corrects their linear estimate (`wiener`). Each finer
+level predicts its values from its parents by their slopes, corrects that with its own observed
+details (a Wiener step), and then with a small local network that sees its parents' features: three
+terms, of which only the last is learned. Siblings' details sum to zero, so that a cell's estimate
+*is* the mean of the estimates below it; the layout is decided at the lattice and never
+contradicted by the pixels.
 
 In training levels are windows (`design.ZoomDesign`), in generation they are dense; the same
 `descend` computes both, and both meet the same statistics.
