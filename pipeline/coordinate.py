@@ -1,9 +1,9 @@
 """The coordinator's part of an ingest: hands tasks to workers, records how every image ends,
 chooses the regions.
 
-At most `capacity` tasks are in flight, whatever the number of images. A task that dies takes its
-images with it and nothing else: they are recorded as failed, with the reason, and the rest goes
-on.
+At most `capacity` tasks are in flight, whatever the number of images. A task that dies takes
+nothing with it: of several images each is tried again alone, and one that dies alone is recorded
+as failed, with the reason.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
             return
         arguments, result = workers.next_result()
         in_flight -= 1
+        if isinstance(result, Exception) and isinstance(arguments[1], list) and arguments[1][1:]:
+            ready.extend((ingest_images, (store.path, [job])) for job in arguments[1])
+            continue
         for outcome in _outcomes(arguments, result):
             job = by_id[outcome.image_id]
             seconds[outcome.image_id] += outcome.seconds

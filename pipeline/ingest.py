@@ -46,7 +46,8 @@ class Options:
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders, globs, or CSV files (path,mpp,gsd,patient,split,label; mpp and gsd are the
-    source's).
+    source's). A folder is searched for names that end like an image's (.svs, .ndpi, .tif, .png
+    ...) and for files without an ending that begin like one.
     """
     out: Path
     """The store to make or to continue, such as dataset.zarr."""
@@ -171,6 +172,8 @@ def _done_before(plan: Plan, store: Store | None) -> set[str]:
         state = store.image_state(job.image_id) if store else None
         if state is None or state["state"] == "failed":
             continue
+        if state["state"] == "ok" and not _is_whole(store, job.image_id):
+            continue
         if not math.isclose(state["native_spacing"], job.native_spacing, rel_tol=1e-6):
             raise ValueError(
                 f"{job.source.path} was ingested as having pixels of {state['native_spacing']:g} "
@@ -179,6 +182,14 @@ def _done_before(plan: Plan, store: Store | None) -> set[str]:
             )
         done.add(job.image_id)
     return done
+
+
+def _is_whole(store: Store | None, image_id: str) -> bool:
+    """Whether an image that ended well still has all its shards."""
+    try:
+        return store is not None and store.image(image_id).is_complete()
+    except (ValueError, OSError):
+        return False
 
 
 def _sweep(store: Store, plan: Plan, missing: Sequence[object]) -> None:
@@ -214,7 +225,10 @@ def _summarise(store: Store, plan: Plan, how: str) -> int:
         f"regions of {store.spec.region} px: {len(regions)} ({counted}); {how}",
     ]
     ours = {job.image_id for job in plan.jobs} | {f.image_id for f in plan.failures}
-    failed = [s for name, s in states.items() if s["state"] == "failed" and name in ours]
+    failed = sorted(
+        (s for name, s in states.items() if s["state"] == "failed" and name in ours),
+        key=lambda s: str(s["source"]),
+    )
     notable = [s for s in states.values() if s["state"] != "ok"]
     details = [f"- {s['state']}: {_name_reason(s)}" for s in notable]
     text = "\n".join(["# What is in this store", "", *(f"- {line}" for line in lines), *details])
