@@ -102,6 +102,15 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
                 yield outcome
 
 
+def read_coverages(store: Store) -> dict[str, Coverage]:
+    """Where every image that is ok has tissue or valid data."""
+    return {
+        name: Coverage(state["shape"][1], state["shape"][2], store.coverage(name))
+        for name, state in store.image_states().items()
+        if state["state"] == "ok"
+    }
+
+
 def choose_regions(
     store: Store, side: int, stride: int | None, min_tissue: float
 ) -> tuple[Store, str]:
@@ -112,10 +121,7 @@ def choose_regions(
     `ValueError` when regions of the wanted side pass nowhere and smaller ones would.
     """
     states = {name: s for name, s in store.image_states().items() if s["state"] == "ok"}
-    coverages = {
-        name: Coverage(s["shape"][1], s["shape"][2], store.coverage(name))
-        for name, s in states.items()
-    }
+    coverages = read_coverages(store)
     chosen = side or largest_passing_side(coverages, stride, min_tissue) or MAX_SIDE_PX
     regions = find_regions(coverages, chosen, stride or chosen, min_tissue)
     if not regions:

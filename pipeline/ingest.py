@@ -35,6 +35,8 @@ from pipeline.regions import CELL_PX
 from pipeline.store import Store
 
 LOCK_NAME = ".ingest.lock"
+AUTO = " (auto: the largest power of two of which one passes)"
+MIN_FRACTIONS = {"um": 0.25, "m": 0.9}  # glass is content, missing data is not
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class Options:
     stride: int | None = None
     """Step of the grid of regions in px; without it, their side, so that regions do not overlap.
     """
-    min_tissue: float = 0.25
-    """Least fraction of a region that is tissue (slides) or valid data (aerial)."""
+    min_tissue: float | None = None
+    """Least fraction of a region that is tissue (slides; by default 0.25) or valid data (aerial;
+    by default 0.9).
+    """
     cluster: str = "local"
     """Where work runs: inline, local, slurm, or a Dask scheduler's address tcp://HOST:PORT."""
     workers: int | None = None
@@ -126,7 +130,10 @@ def ingest(options: Options) -> int:
             for _ in progress(run_jobs(store, missing, workers), total=total, desc="shards"):
                 pass
             try:
-                store, how = choose_regions(store, region, options.stride, options.min_tissue)
+                fraction = options.min_tissue
+                if fraction is None:
+                    fraction = MIN_FRACTIONS[store.spec.unit]
+                store, how = choose_regions(store, region, options.stride, fraction)
             finally:
                 _write_log(store)
             names = store.image_ids()
@@ -150,7 +157,7 @@ def _check(options: Options) -> int:
     for name, value in lengths.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value} and must be a positive length")
-    if not 0 <= options.min_tissue <= 1:
+    if options.min_tissue is not None and not 0 <= options.min_tissue <= 1:
         raise ValueError(f"--min-tissue is {options.min_tissue} and must lie between 0 and 1")
     if options.region != "auto" and not options.region.isdigit():
         raise ValueError(f"--region is {options.region!r} and must be a number of pixels or auto")
@@ -222,7 +229,8 @@ def _summarise(store: Store, plan: Plan, how: str) -> int:
     )
     lines = [
         f"images: {ends['ok']} ok, {ends['empty']} empty, {ends['failed']} failed",
-        f"regions of {store.spec.region} px: {len(regions)} ({counted}); {how}",
+        f"regions of {store.spec.region} px{'' if plan.spec.region else AUTO}: {len(regions)} "
+        f"({counted}); {how}",
     ]
     ours = {job.image_id for job in plan.jobs} | {f.image_id for f in plan.failures}
     failed = sorted(

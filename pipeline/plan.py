@@ -161,7 +161,7 @@ def _target_note(items: Sequence[_Described], spec: StoreSpec) -> str:
     coarsest = max(items, key=lambda item: item.spacing)
     finer = sum(item.spacing < spec.spacing * (1 - SAME_SPACING) for item in items)
     name = NAMES[spec.unit]
-    which = f", that of {coarsest.source.path}; {finer} finer images are reduced to it"
+    which = f" (of {coarsest.source.path}), to which {finer} with finer pixels are reduced"
     return (
         f"--{name} is not given: {spec.spacing:g}, the coarsest native one"
         f"{which if finer else ''}, is used"

@@ -221,6 +221,8 @@ class RasterReader:
             return checked_spacing(path, (source_gsd, source_gsd), "m", "given"), "m", "given"
         if data.crs is None and data.transform.is_identity:
             mpp, source = (header.mpp_yx, header.mpp_source) if header else (None, "")
+            if mpp is None and "nir" in self.bands:
+                return checked_spacing(path, None, "m", source), "m", source
             return checked_spacing(path, mpp, "um", source), "um", source
         if data.crs is None or data.transform.is_identity:
             missing = "coordinate system" if data.crs is None else "transform"
@@ -250,4 +252,10 @@ class RasterReader:
             return {}
         epsg = self._data.crs.to_epsg()
         code = {"proj:code": f"EPSG:{epsg}"} if epsg else {"proj:wkt2": self._data.crs.to_wkt()}
-        return {**code, "spatial:transform": list(self._data.transform)[:6]}
+        nodata = self._data.nodata
+        known = nodata is not None and nodata in range(np.iinfo(self.dtype).max + 1)
+        return {
+            **code,
+            "spatial:transform": list(self._data.transform)[:6],
+            **({"nodata": int(nodata)} if known else {}),
+        }
