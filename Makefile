@@ -6,7 +6,18 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.11,\
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo
+# Slides, GeoTIFFs or folders; one path may hold spaces, several are quoted for the shell:
+# make demo SLIDES="'a slide.svs' 'another.svs'". The other variables are options of jobs.demo.
 SLIDES ?=
+SIZE ?=
+MPP ?=
+GSD ?=
+SOURCE_MPP ?=
+SOURCE_GSD ?=
+SLIDE_PATHS  = $(if $(shell test -e "$(SLIDES)" && echo one),"$(SLIDES)",$(SLIDES))
+DEMO_OPTIONS = $(if $(SLIDES),--slides $(SLIDE_PATHS)) $(if $(SIZE),--size $(SIZE)) \
+               $(if $(MPP),--mpp $(MPP)) $(if $(SOURCE_MPP),--source-mpp $(SOURCE_MPP)) \
+               $(if $(GSD),--gsd $(GSD)) $(if $(SOURCE_GSD),--source-gsd $(SOURCE_GSD))
 
 .PHONY: setup demo test lint bench lock clean
 
@@ -21,7 +32,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python -m jobs.demo --out "$(OUT)" $(if $(SLIDES),--slides $(SLIDES))
+	$(BIN)/python -m jobs.demo --out "$(OUT)" $(DEMO_OPTIONS)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

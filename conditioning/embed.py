@@ -194,8 +194,18 @@ def encode_all(store: Store, encoder: Encoder, plan: Plan, batch_size: int) -> d
     lattices: dict[Target, Lattice] = {}
     blocks = read_ahead(_blocks(store, encoder, plan, failures))
     tiles = progress(_tiles(blocks), total=plan.num_tiles, desc="embed")
+    blank: Float32[np.ndarray, " d"] | None = None
     for batch in _batched(tiles, batch_size):
-        vectors = encoder.encode(np.stack([tile.pixels for tile in batch])).numpy()
+        # Sparse mosaics are mostly tiles of nothing but 0, which all have one vector.
+        shown = [tile.pixels.any() for tile in batch]
+        pixels = [tile.pixels for tile, is_shown in zip(batch, shown, strict=True) if is_shown]
+        if blank is None and not all(shown):
+            blank = encoder.encode(np.zeros_like(batch[0].pixels)[None]).numpy()[0]
+        vectors = np.empty((len(batch), encoder.dim), np.float32)
+        if pixels:
+            vectors[shown] = encoder.encode(np.stack(pixels)).numpy()
+        if not all(shown):
+            vectors[~np.array(shown)] = blank
         largest = np.abs(vectors).max()
         if not largest < LARGEST_FLOAT16:
             raise ValueError(

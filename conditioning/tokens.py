@@ -2,8 +2,8 @@
 
 A region's condition is one lattice of embeddings for each footprint. They are standardised with
 the training set's mean and deviation, listed one lattice after the other (the finest first) and
-given their places; a batch holds regions whose lattices have the same sizes. A condition for a
-larger image than its region continues the lattices by reflection.
+given their places; a batch holds regions whose lattices have the same sizes. Beyond a region its
+lattices go on by reflection (`conditioning.layout`).
 """
 
 from collections.abc import Sequence

@@ -4,6 +4,11 @@ Every stage is the command a user would type, run in this process one after the 
 first, so that this module is also the manual of the chain. What a stage finished is recorded in
 OUT/demo.json; the same command after a kill goes on in the middle of the stage it was in, and one
 that is done repeats nothing. Without slides it draws its own phantom.
+
+Inputs of every size end in a picture. The grid of regions is made finer where there are few, and
+coarser where there are more than can be packed in minutes. Regions below 1024 px get finer tokens
+than the usual ones, since one token is no layout. An image of more than twice the side of its
+region is conditioned by many regions side by side (`conditioning.layout`).
 """
 
 import importlib
@@ -20,13 +25,18 @@ import numpy as np
 from PIL import Image
 
 from pipeline import console
+from pipeline.coordinate import read_coverages
 from pipeline.ome import OmeImage
+from pipeline.regions import find_regions
 from pipeline.store import Region, Store
 
 if TYPE_CHECKING:
     from jobs.run import RunConfig
 
 FEW_REGIONS = 16
+MANY_PIXELS = 64 * 4096**2
+MANY_TILES = 1 << 14
+SMALL_REGION_PX, LEAST_REGION_PX, LEAST_TOKEN_PX = 1024, 64, 64
 FREE_BYTES = 6_000_000_000
 PICTURE_PX = 640
 CROP_PX = 512
@@ -52,12 +62,16 @@ class Demo:
     """Evaluations of the denoiser when painting."""
     region: int | None = None
     """Row of the region table that conditions the image; by default one held out, if any is."""
+    mpp: float | None = None
+    """Resolution to work at in µm per pixel (slides); without it, the coarsest native one."""
+    gsd: float | None = None
+    """Resolution to work at in m per pixel (aerial); without it, the coarsest native one."""
     source_mpp: float | None = None
     """What a slide's pixels measure in µm, where its file does not say."""
     source_gsd: float | None = None
     """What an aerial image's pixels measure in m, where its file does not say."""
-    min_tissue: float = 0.25
-    """Least tissue or valid fraction of a region."""
+    min_tissue: float | None = None
+    """Least tissue or valid fraction of a region; by default 0.25 of tissue, 0.9 of valid data."""
     cluster: str = "local"
     """Where ingest runs; see pipeline.ingest."""
     dry_run: bool = False
@@ -140,11 +154,16 @@ def demo(options: Demo) -> int:
     store_path = str(out / "dataset.zarr")
     code = _ingest(options, progress, slides, store_path)
     encoder, packs, run = str(out / "encoder"), str(out / "packs"), str(out / "run")
-    arguments = [store_path, "--out", encoder, "--steps", str(options.pretrain_steps)]
-    progress.run("conditioning.pretrain", arguments)
-    progress.run("conditioning.embed", [store_path, "--encoder", encoder])
     store = Store.open(Path(store_path))
     regions = store.regions()
+    footprints = _footprints(store)
+    arguments = [store_path, "--out", encoder, "--steps", str(options.pretrain_steps)]
+    if footprints:
+        arguments += ["--footprints", footprints[0], str(store.spec.region)]
+    progress.run("conditioning.pretrain", arguments)
+    arguments = [store_path, "--encoder", encoder]
+    arguments += ["--footprint", *footprints] if footprints else []
+    progress.run("conditioning.embed", arguments)
     draws = str(max(options.draws // len(regions), 1))
     progress.run(
         "pipeline.pack",
@@ -157,7 +176,9 @@ def demo(options: Demo) -> int:
         shutil.rmtree(images, ignore_errors=True)  # painted by other weights
     arguments = [run, "--condition", store_path, "--out", str(images), "--size", str(options.size)]
     arguments += ["--steps", str(options.steps), "--guidance", "1"]
-    arguments += ["--format", "ome-tiff", *(["tiff"] if store.spec.unit == "um" else ["cog"])]
+    arguments += ["--format", *_formats(store)]
+    if options.size > 2 * store.spec.region:
+        arguments += ["--fill", "regions"]
     if options.region is not None:
         arguments += ["--region", str(options.region)]
     progress.run("jobs.sample", arguments)
@@ -166,22 +187,70 @@ def demo(options: Demo) -> int:
 
 
 def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> int:
-    """Ingest; where that finds few regions, again with overlapping ones: only a new table."""
-    more = ["--min-tissue", str(options.min_tissue), "--cluster", options.cluster]
+    """Ingest; where that finds few regions or too many, again on another grid: a new table."""
+    more = ["--cluster", options.cluster]
     for option, value in (
+        ("--mpp", options.mpp),
+        ("--gsd", options.gsd),
         ("--source-mpp", options.source_mpp),
         ("--source-gsd", options.source_gsd),
+        ("--min-tissue", options.min_tissue),
     ):
         more += [] if value is None else [option, str(value)]
     arguments = [*slides, "--out", store_path, "--region", "auto", *more]
     code = progress.run("pipeline.ingest", arguments)
-    store, again = Store.open(Path(store_path)), "overlapping regions"
-    if again in progress.done or len(store.regions()) < FEW_REGIONS:
-        side = store.spec.region
+    store = Store.open(Path(store_path))
+    side, stride = store.spec.region, _stride(store)
+    if side < LEAST_REGION_PX or not store.regions():
+        raise ValueError(
+            f"the largest square of {store.path} that is tissue or valid data has {side} px, and "
+            f"the demo learns from {LEAST_REGION_PX} px and more; give it larger images, or a "
+            "smaller --min-tissue"
+        )
+    if stride != side:
         arguments = [*slides, "--out", store_path, "--region", str(side)]
-        arguments += ["--stride", str(max(side // 4, 256)), *more]
-        progress.run("pipeline.ingest", arguments, again)
+        arguments += ["--stride", str(stride), *more]
+        progress.run("pipeline.ingest", arguments, "another grid")
     return code
+
+
+def _stride(store: Store) -> int:
+    """Step of the grid of regions: their side, or less where they are few, or more where their
+    pixels are too many to be packed in minutes.
+    """
+    side, coverages = store.spec.region, read_coverages(store)
+
+    def count(stride: int) -> int:
+        return len(find_regions(coverages, side, stride, store.provenance["min_tissue"]))
+
+    stride = side
+    while count(stride) < FEW_REGIONS and stride > max(side // 4, 256):
+        stride //= 2
+    # Images without a second region on the coarser grid cannot be thinned this way.
+    while count(stride) * side**2 > MANY_PIXELS and count(2 * stride) < count(stride):
+        stride *= 2
+    return stride
+
+
+def _footprints(store: Store) -> list[str]:
+    """Of the tokens of small regions; none stands for the usual ones."""
+    side = store.spec.region
+    if side >= SMALL_REGION_PX:
+        return []
+    shapes = [store.image(name).shape for name in store.image_ids()]
+    finest = max(side // 4, LEAST_TOKEN_PX)
+    while finest < side and sum(h // finest * (w // finest) for _, h, w in shapes) > MANY_TILES:
+        finest *= 2
+    return [str(f) for f in sorted({finest, side})]
+
+
+def _formats(store: Store) -> list[str]:
+    """What the image is written as beside OME-TIFF: for maps, for OpenSlide, or neither."""
+    known = [store.image(name).attributes for name in store.image_ids()]
+    if all("spatial:transform" in a and {"proj:code", "proj:wkt2"} & a.keys() for a in known):
+        return ["ome-tiff", "cog"]
+    rgb = (store.spec.dtype, len(store.spec.bands)) == ("uint8", 3)
+    return ["ome-tiff", "tiff"] if rgb else ["ome-tiff"]
 
 
 def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
@@ -195,6 +264,7 @@ def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
 def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path) -> bool:
     """Draw every image beside its region; whether all are nearest to their own."""
     from jobs.metrics import layout_match
+    from jobs.pictures import liveliest, reduced
     from jobs.run import Run
 
     config, follow = Run(run).config(), True
@@ -206,15 +276,19 @@ def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, 
         follow &= match.follows
         side = min(own.side, *painted.shape[1:])
         crop = min(side, CROP_PX)
-        dy, dx = _liveliest(store.image(own.image), own.y, own.x, side, crop)
-        places = ((0, 0, side), (dy, dx, crop))
-        corners = ((store.image(own.image), own.y, own.x), (painted, 0, 0))
-        rows = [
-            _picture(image, y + dy, x + dx, extent, config)
-            for image, y, x in corners
-            for dy, dx, extent in places
-        ]
-        sheet = np.concatenate([np.concatenate(rows[:2], 0), np.concatenate(rows[2:], 0)], 1)
+        dy, dx = liveliest(store.image(own.image), own.y, own.x, side, crop)
+        crops = (
+            reduced(image, y + dy, x + dx, crop, crop, config, PICTURE_PX)
+            for image, y, x in ((store.image(own.image), own.y, own.x), (painted, 0, 0))
+        )
+        layout = [[regions[k] for k in row] for row in record["identity"]["layout"]]
+        wholes = (
+            _laid_out(store, layout, painted.shape[1], config),
+            reduced(painted, 0, 0, *painted.shape[1:], config, PICTURE_PX),
+        )
+        sheet = np.concatenate(
+            [np.concatenate(pair, 0) for pair in zip(wholes, crops, strict=True)], 1
+        )
         Image.fromarray(sheet).save(out / f"{file.stem}.png")
         console.write_json_atomic(out / f"{file.stem}-layout.json", asdict(match))
         console.say(
@@ -222,35 +296,30 @@ def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, 
             f"own region and {match.nearest_other:.1f} from the nearest other "
             f"({match.nearest_other_region}): it "
             f"{'follows' if match.follows else 'DOES NOT follow'}"
-            f" its condition; picture (left real, right painted; below at full resolution): "
-            f"{out / file.stem}.png"
+            f" its condition; picture (left what conditioned it, right painted; below a piece at "
+            f"full resolution): {out / file.stem}.png"
         )
     console.say(f"demo: done, {images}")
     return follow
 
 
-def _liveliest(image: OmeImage, y: int, x: int, side: int, crop: int) -> tuple[int, int]:
-    """Where, on a grid over a region, a square of `crop` px varies most: (y, x) in the region."""
-    best = (-1.0, 0, 0)
-    for dy in range(0, side - crop + 1, crop):
-        for dx in range(0, side - crop + 1, crop):
-            level = min(2, image.num_levels - 1)
-            extent = crop >> level
-            pixels = image.read((y + dy) >> level, (x + dx) >> level, extent, extent, level)
-            best = max(best, (float(pixels.std()), dy, dx))
-    return best[1:]
+def _laid_out(
+    store: Store, layout: Sequence[Sequence[Region]], size: int, config: "RunConfig"
+) -> np.ndarray:
+    """The real pixels of the regions whose tokens conditioned an image, where they did."""
+    from jobs.pictures import reduced
 
-
-def _picture(image: OmeImage, y: int, x: int, side: int, config: "RunConfig") -> np.ndarray:
-    """A square of an image as 8-bit RGB of PICTURE_PX a side."""
-    from jobs.preview import to_uint8
-
-    level = 0
-    while side >> (level + 1) >= PICTURE_PX:
-        level += 1
-    pixels = image.read(y >> level, x >> level, side >> level, side >> level, level)
-    shown = to_uint8(pixels.transpose(1, 2, 0).astype(np.float32), config)
-    return np.asarray(Image.fromarray(shown).resize((PICTURE_PX, PICTURE_PX)))
+    own = layout[0][0]
+    reflects = all(region == own for row in layout for region in row)
+    canvas, cell = Image.new("RGB", (PICTURE_PX, PICTURE_PX)), PICTURE_PX * own.side / size
+    for r, row in enumerate(layout):
+        for c, region in enumerate(row):
+            image, longest = store.image(region.image), max(round(cell), 1)
+            shown = reduced(image, region.y, region.x, own.side, own.side, config, longest)
+            if reflects:
+                shown = shown[:: -1 if r % 2 else 1, :: -1 if c % 2 else 1]
+            canvas.paste(Image.fromarray(shown), (round(c * cell), round(r * cell)))
+    return np.asarray(canvas)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

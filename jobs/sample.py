@@ -18,7 +18,8 @@ import torch
 import tyro
 
 from conditioning.encoders import choose_device
-from conditioning.tokens import fit, from_store, to_condition
+from conditioning.layout import Fill, condition_of, in_words, lay_out
+from conditioning.tokens import to_condition
 from jobs.painting import SOLVERS, Recipe, paint
 from jobs.run import Run, RunConfig
 from model.denoiser import PyramidDenoiser
@@ -46,6 +47,9 @@ class Sample:
     """Rows K of the store's region table; by default the first region that was not trained on."""
     size: str = "region"
     """Side in pixels, or HxW; by default the region's. A larger image continues its condition."""
+    fill: Fill = "reflect"
+    """What conditions the part of an image beyond its region: reflect mirrors the region's tokens,
+    regions lays those of other regions beside it."""
     scale: float = 1.0
     """Resolution of the painted image over the training's: 1, 0.5, 0.25 or 0.125."""
     steps: int = 20
@@ -157,12 +161,15 @@ def sample(options: Sample) -> int:
     denoiser = run.load_denoiser(device=plan.device)
     for region in plan.regions:
         name = f"{region.image}_region{region.index}_seed{options.seed}"
-        identity = _identity(run, store, plan, region)
+        identity = _identity(options, run, store, plan, region)
         record = options.out / f"{name}.json"
         if record.is_file():
             _check_same(record, identity)
             console.say(f"sample: {name} is already done")
         else:
+            layout = _layout(options, store, plan, region)
+            if continued := in_words(layout, plan.size_px):
+                console.say(f"sample: region {region.index}: {continued}")
             console.check_free_disk(options.out, 2 * work_bytes)
             cost = _paint(options, store, denoiser, plan, region, name, identity)
             console.write_json_atomic(
@@ -177,7 +184,9 @@ def sample(options: Sample) -> int:
     return console.EXIT_DONE
 
 
-def _identity(run: Run, store: Store, plan: Plan, region: Region) -> dict[str, Any]:
+def _identity(
+    options: Sample, run: Run, store: Store, plan: Plan, region: Region
+) -> dict[str, Any]:
     """Everything that an image follows from; another value makes another image."""
     state = run.state()
     return {
@@ -187,16 +196,21 @@ def _identity(run: Run, store: Store, plan: Plan, region: Region) -> dict[str, A
         "region": asdict(region),
         "recipe": asdict(plan.recipe),
         "size_px": list(plan.size_px),
+        "layout": [[r.index for r in row] for row in _layout(options, store, plan, region)],
     }
+
+
+def _layout(options: Sample, store: Store, plan: Plan, region: Region) -> list[list[Region]]:
+    return lay_out(store.regions(), region, plan.size_px, options.fill, options.seed)
 
 
 def _check_same(record: Path, identity: dict[str, Any]) -> None:
     there = json.loads(record.read_text())["identity"]
     for name, value in identity.items():
-        if there[name] != value:
+        if there.get(name) != value:
             raise ValueError(
-                f"{record.with_suffix('')} was painted with {name} = {there[name]}, this command "
-                f"asks for {value}; choose another --out or --seed"
+                f"{record.with_suffix('')} was painted with {name} = {there.get(name)}, this "
+                f"command asks for {value}; choose another --out or --seed"
             )
 
 
@@ -218,7 +232,8 @@ def _paint(
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(options.out / f"{name}.zarr", ignore_errors=True)
         console.write_json_atomic(begun, identity)
-    lattices = fit(from_store(store, plan.config.packs, region), *plan.size_px)
+    layout = _layout(options, store, plan, region)
+    lattices = condition_of(store, plan.config.packs, layout, plan.size_px)
     condition = to_condition([lattices], plan.config.token_scale(), [True]).to(plan.device)
     painter = Painter(
         denoiser,

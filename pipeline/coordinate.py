@@ -1,9 +1,9 @@
 """The coordinator's part of an ingest: hands tasks to workers, records how every image ends,
 chooses the regions.
 
-At most `capacity` tasks are in flight, whatever the number of images. A task that dies takes its
-images with it and nothing else: they are recorded as failed, with the reason, and the rest goes
-on.
+At most `capacity` tasks are in flight, whatever the number of images. A task that dies takes
+nothing with it: of several images each is tried again alone, and one that dies alone is recorded
+as failed, with the reason.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
             return
         arguments, result = workers.next_result()
         in_flight -= 1
+        if isinstance(result, Exception) and isinstance(arguments[1], list) and arguments[1][1:]:
+            ready.extend((ingest_images, (store.path, [job])) for job in arguments[1])
+            continue
         for outcome in _outcomes(arguments, result):
             job = by_id[outcome.image_id]
             seconds[outcome.image_id] += outcome.seconds
@@ -99,6 +102,15 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
                 yield outcome
 
 
+def read_coverages(store: Store) -> dict[str, Coverage]:
+    """Where every image that is ok has tissue or valid data."""
+    return {
+        name: Coverage(state["shape"][1], state["shape"][2], store.coverage(name))
+        for name, state in store.image_states().items()
+        if state["state"] == "ok"
+    }
+
+
 def choose_regions(
     store: Store, side: int, stride: int | None, min_tissue: float
 ) -> tuple[Store, str]:
@@ -109,10 +121,7 @@ def choose_regions(
     `ValueError` when regions of the wanted side pass nowhere and smaller ones would.
     """
     states = {name: s for name, s in store.image_states().items() if s["state"] == "ok"}
-    coverages = {
-        name: Coverage(s["shape"][1], s["shape"][2], store.coverage(name))
-        for name, s in states.items()
-    }
+    coverages = read_coverages(store)
     chosen = side or largest_passing_side(coverages, stride, min_tissue) or MAX_SIDE_PX
     regions = find_regions(coverages, chosen, stride or chosen, min_tissue)
     if not regions:

@@ -35,6 +35,8 @@ from pipeline.regions import CELL_PX
 from pipeline.store import Store
 
 LOCK_NAME = ".ingest.lock"
+AUTO = " (auto: the largest power of two of which one passes)"
+MIN_FRACTIONS = {"um": 0.25, "m": 0.9}  # glass is content, missing data is not
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Options:
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders, globs, or CSV files (path,mpp,gsd,patient,split,label; mpp and gsd are the
-    source's).
+    source's). A folder is searched for names that end like an image's (.svs, .ndpi, .tif, .png
+    ...) and for files without an ending that begin like one.
     """
     out: Path
     """The store to make or to continue, such as dataset.zarr."""
@@ -67,8 +70,10 @@ class Options:
     stride: int | None = None
     """Step of the grid of regions in px; without it, their side, so that regions do not overlap.
     """
-    min_tissue: float = 0.25
-    """Least fraction of a region that is tissue (slides) or valid data (aerial)."""
+    min_tissue: float | None = None
+    """Least fraction of a region that is tissue (slides; by default 0.25) or valid data (aerial;
+    by default 0.9).
+    """
     cluster: str = "local"
     """Where work runs: inline, local, slurm, or a Dask scheduler's address tcp://HOST:PORT."""
     workers: int | None = None
@@ -125,7 +130,10 @@ def ingest(options: Options) -> int:
             for _ in progress(run_jobs(store, missing, workers), total=total, desc="shards"):
                 pass
             try:
-                store, how = choose_regions(store, region, options.stride, options.min_tissue)
+                fraction = options.min_tissue
+                if fraction is None:
+                    fraction = MIN_FRACTIONS[store.spec.unit]
+                store, how = choose_regions(store, region, options.stride, fraction)
             finally:
                 _write_log(store)
             names = store.image_ids()
@@ -149,7 +157,7 @@ def _check(options: Options) -> int:
     for name, value in lengths.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value} and must be a positive length")
-    if not 0 <= options.min_tissue <= 1:
+    if options.min_tissue is not None and not 0 <= options.min_tissue <= 1:
         raise ValueError(f"--min-tissue is {options.min_tissue} and must lie between 0 and 1")
     if options.region != "auto" and not options.region.isdigit():
         raise ValueError(f"--region is {options.region!r} and must be a number of pixels or auto")
@@ -171,6 +179,8 @@ def _done_before(plan: Plan, store: Store | None) -> set[str]:
         state = store.image_state(job.image_id) if store else None
         if state is None or state["state"] == "failed":
             continue
+        if state["state"] == "ok" and not _is_whole(store, job.image_id):
+            continue
         if not math.isclose(state["native_spacing"], job.native_spacing, rel_tol=1e-6):
             raise ValueError(
                 f"{job.source.path} was ingested as having pixels of {state['native_spacing']:g} "
@@ -179,6 +189,14 @@ def _done_before(plan: Plan, store: Store | None) -> set[str]:
             )
         done.add(job.image_id)
     return done
+
+
+def _is_whole(store: Store | None, image_id: str) -> bool:
+    """Whether an image that ended well still has all its shards."""
+    try:
+        return store is not None and store.image(image_id).is_complete()
+    except (ValueError, OSError):
+        return False
 
 
 def _sweep(store: Store, plan: Plan, missing: Sequence[object]) -> None:
@@ -211,10 +229,14 @@ def _summarise(store: Store, plan: Plan, how: str) -> int:
     )
     lines = [
         f"images: {ends['ok']} ok, {ends['empty']} empty, {ends['failed']} failed",
-        f"regions of {store.spec.region} px: {len(regions)} ({counted}); {how}",
+        f"regions of {store.spec.region} px{'' if plan.spec.region else AUTO}: {len(regions)} "
+        f"({counted}); {how}",
     ]
     ours = {job.image_id for job in plan.jobs} | {f.image_id for f in plan.failures}
-    failed = [s for name, s in states.items() if s["state"] == "failed" and name in ours]
+    failed = sorted(
+        (s for name, s in states.items() if s["state"] == "failed" and name in ours),
+        key=lambda s: str(s["source"]),
+    )
     notable = [s for s in states.values() if s["state"] != "ok"]
     details = [f"- {s['state']}: {_name_reason(s)}" for s in notable]
     text = "\n".join(["# What is in this store", "", *(f"- {line}" for line in lines), *details])

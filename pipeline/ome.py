@@ -36,8 +36,8 @@ COLORS = {"red": "FF0000", "green": "00FF00", "blue": "0000FF"}
 SHOWN_BANDS = 3
 
 
-class MissingShardError(RuntimeError):
-    """A part of an image was asked for that has not been written."""
+class MissingShardError(ValueError):
+    """A part of an image was asked for that has not been written; the message says what to do."""
 
 
 def halve(pixels: UInt[np.ndarray, "c h w"]) -> UInt[np.ndarray, "c h2 w2"]:

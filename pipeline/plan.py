@@ -20,7 +20,7 @@ from pipeline.console import progress, say
 from pipeline.ome import SHARD_PX
 from pipeline.readers import Reader, UnreadableError, open_reader
 from pipeline.readers.protocol import NAMES
-from pipeline.resample import Resampled
+from pipeline.resample import SAME_SPACING, Resampled
 from pipeline.sources import Source, content_of, find_sources, image_id
 from pipeline.store import Store, StoreSpec
 
@@ -30,6 +30,7 @@ PYRAMID_FACTOR = 4 / 3
 Place = tuple[str, float, float, float]
 WORKER_BASE_BYTES = 300_000_000
 SHARD_COPIES = 5
+SHOWN_PATHS = 3
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,10 @@ def make_plan(
         except (UnreadableError, OSError) as error:
             failures.append(Failure(source.path, str(error)))
     if not described:
-        raise ValueError(
-            failures[0].reason
-            if len(failures) == 1
-            else f"none of {len(failures)} inputs can be used; the first: {failures[0].reason}"
-        )
+        raise ValueError(_nothing_usable(failures))
     spec = _common_spec(list(described.values()), target, unit, region, store)
     if store is None and target is None:
-        name = NAMES[spec.unit]
-        notes.append(f"--{name} is not given: {spec.spacing:g}, the coarsest native one, is used")
+        notes.append(_target_note(list(described.values()), spec))
     groups = _groups(list(described.values()))
     jobs = []
     for item in described.values():
@@ -149,8 +145,27 @@ def make_plan(
         except UnreadableError as error:
             failures.append(Failure(item.source.path, str(error)))
     if not jobs:
-        raise ValueError(failures[-1].reason)
+        raise ValueError(_nothing_usable(failures))
     return Plan(spec, tuple(jobs), tuple(failures), tuple(notes))
+
+
+def _nothing_usable(failures: Sequence[Failure]) -> str:
+    if len(failures) == 1:
+        return failures[0].reason
+    reasons = "".join(f"\n  {failure.reason}" for failure in failures)
+    return f"none of {len(failures)} inputs can be used:{reasons}"
+
+
+def _target_note(items: Sequence[_Described], spec: StoreSpec) -> str:
+    """Which resolution is the target where nobody named one, and what that does to the others."""
+    coarsest = max(items, key=lambda item: item.spacing)
+    finer = sum(item.spacing < spec.spacing * (1 - SAME_SPACING) for item in items)
+    name = NAMES[spec.unit]
+    which = f" (of {coarsest.source.path}), to which {finer} with finer pixels are reduced"
+    return (
+        f"--{name} is not given: {spec.spacing:g}, the coarsest native one"
+        f"{which if finer else ''}, is used"
+    )
 
 
 def print_plan(plan: Plan, done: int, stride: int | None) -> None:
@@ -221,17 +236,22 @@ def _common_spec(
     store: Store | None,
 ) -> StoreSpec:
     first = items[0]
-    kind = (first.unit, first.bands, first.dtype)
+    kinds: dict[tuple[Any, ...], list[Path]] = {}
     if store is not None:
-        kind = (store.spec.unit, store.spec.bands, store.spec.dtype)
+        kinds[store.spec.unit, store.spec.bands, store.spec.dtype] = [store.path]
     for item in items:
-        if (item.unit, item.bands, item.dtype) != kind:
-            raise ValueError(
-                f"{item.source.path} is {_kind_text((item.unit, item.bands, item.dtype))} and "
-                f"{store.path if store else first.source.path} is {_kind_text(kind)}; one store "
-                "holds one kind, "
-                "so ingest them into two"
-            )
+        kinds.setdefault((item.unit, item.bands, item.dtype), []).append(item.source.path)
+    if len(kinds) > 1:
+        counted = "; ".join(
+            f"{_kind_text(kind)}: {', '.join(str(path) for path in paths[:SHOWN_PATHS])}"
+            f"{f' and {len(paths) - SHOWN_PATHS} more' if len(paths) > SHOWN_PATHS else ''}"
+            for kind, paths in kinds.items()
+        )
+        raise ValueError(
+            f"one store holds one kind, and here are {len(kinds)}: {counted}; ingest each kind "
+            "into a store of its own"
+        )
+    (kind,) = kinds
     if unit is not None and unit != kind[0]:
         raise ValueError(
             f"--{NAMES[unit]} is given and {first.source.path} is measured by {NAMES[kind[0]]}; "
@@ -245,7 +265,7 @@ def _common_spec(
             "resolution, so choose another --out"
         )
     spacing = store.spec.spacing if store else target or max(item.spacing for item in items)
-    return StoreSpec(kind[0], spacing, kind[1], kind[2], region)  # type: ignore[arg-type]
+    return StoreSpec(kind[0], spacing, kind[1], kind[2], region)
 
 
 def _kind_text(kind: tuple[Any, ...]) -> str:

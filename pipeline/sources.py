@@ -1,7 +1,9 @@
 """Which files a command means, and what each is called in the store.
 
-An input is a file, a folder (searched for image files), a glob, or a CSV with the columns path,
-mpp, gsd, patient, split and label, of which only path is needed. A file is known by its content:
+An input is a file, a folder, a glob, or a CSV with the columns path, mpp, gsd, patient, split and
+label, of which only path is needed. A folder is searched for names that end like an image's and
+for files without an ending that begin like one; what a file is, is then decided by its content,
+whatever it is called. A file is known by its content:
 an image id is a safe piece of its name and a fingerprint of its size and its first and last MiB,
 so equal names never collide, and the same file twice is one image.
 """
@@ -15,6 +17,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.readers.header import begins_like_image
 
 FINGERPRINT_BYTES = 1 << 20
 STEM_LENGTH = 40
@@ -91,9 +95,9 @@ def content_of(name: str) -> str:
 
 
 def _is_candidate(path: Path) -> bool:
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    if path.name.startswith(".") or not path.is_file():
+        return False
+    return path.suffix.lower() in IMAGE_SUFFIXES or (not path.suffix and begins_like_image(path))
 
 
 def _read_csv(table: Path, source_mpp: float | None, source_gsd: float | None) -> list[Source]:

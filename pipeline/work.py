@@ -78,8 +78,8 @@ def ingest_images(store_path: Path, jobs: list[ImageJob]) -> list[Outcome]:
             keys = [key for key in image.shard_keys() if not image.has_shard(key)]
             _write_shards(Store.open(store_path), job, image, keys)
             state, reason = _finish(Store.open(store_path), job, image)
-        except (TileError, ValueError, OSError) as error:
-            state, reason = "failed", str(error)
+        except Exception as error:
+            state, reason = "failed", _reason(job, error)
         outcomes.append(Outcome(job.image_id, state, reason, time.monotonic() - started))
     return outcomes
 
@@ -92,9 +92,16 @@ def ingest_shard(store_path: Path, job: ImageJob, key: tuple[int, int]) -> list[
     reason = ""
     try:
         _write_shards(store, job, store.image(job.image_id), [key])
-    except (TileError, ValueError, OSError) as error:
-        state, reason = "failed", str(error)
+    except Exception as error:
+        state, reason = "failed", _reason(job, error)
     return [Outcome(job.image_id, state, reason, time.monotonic() - started)]
+
+
+def _reason(job: ImageJob, error: Exception) -> str:
+    """What befell an image: the sentence of an error that has one, else its kind as well."""
+    if isinstance(error, (TileError, ValueError, OSError)):
+        return str(error)
+    return f"{job.source.path} cannot be ingested ({type(error).__name__}: {error})"
 
 
 def finish_image(store_path: Path, job: ImageJob) -> list[Outcome]:

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from chain import Chain
 from openslide import OpenSlide
 from processes import run, start, stop_when
 
+from jobs.demo import _footprints, _stride
 from pipeline.phantom import draw_slide
+from pipeline.store import Store, StoreSpec
 
 SIZE = 640
 
@@ -55,3 +58,23 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
     again = run("jobs.demo", command, good=(0, 3))
     assert again.count("is already done") == len(done())
     assert "python -m" not in again
+
+
+@pytest.mark.parametrize(
+    ("side", "stride"), [(4096, 1024), (8192, 1024), (12288, 2048), (20480, 4096), (40960, 8192)]
+)
+def test_the_grid_of_a_demo_has_enough_regions_and_not_too_many(
+    tmp_path: Path, side: int, stride: int
+) -> None:
+    """A slide that is all tissue has (side / 4096)^2 regions apart; 16 to 64 are wanted."""
+    rgb = ("red", "green", "blue")
+    spec = StoreSpec("um", 0.5, rgb, "uint8", 4096)
+    store = Store.create(tmp_path / "o.zarr", spec, {"min_tissue": 0.25})
+    store.write_coverage("a", np.full((side // 16, side // 16), 256, np.uint16))
+    store.write_image_state("a", {"state": "ok", "shape": [3, side, side]})
+    assert _stride(store) == stride
+
+
+def test_small_regions_get_several_tokens(chain: Chain) -> None:
+    """One token is no layout: regions of 256 px have 4 by 4 and one over all."""
+    assert _footprints(Store.open(chain.store)) == ["64", "256"]

@@ -10,7 +10,9 @@ import openslide
 import pytest
 import rasterio
 import tifffile
+from rasterio.enums import ColorInterp, MaskFlags
 
+import pipeline.ingest
 from pipeline.export import export_image, infer_format, main
 from pipeline.ome import OmeImage
 
@@ -250,3 +252,24 @@ def test_mistakes_are_named(tmp_path, slide, aerial, deep, capsys):
     assert "did not make it" in capsys.readouterr().err
     assert out.read_bytes() == b"a thesis"
     assert main([str(tmp_path / "nothing.zarr"), "--out", str(out)]) == 2
+
+
+def test_an_aerial_image_comes_back_as_it_was_with_any_crs_and_its_nodata(tmp_path):
+    crs = rasterio.CRS.from_proj4("+proj=tmerc +lat_0=1 +lon_0=7 +k=0.9996 +x_0=500 +ellps=GRS80")
+    pixels = np.random.default_rng(3).integers(1, 255, (4, 300, 520), np.uint8)
+    pixels[:, :, 400:] = 0
+    profile = {"count": 4, "height": 300, "width": 520, "dtype": "uint8", "crs": crs, "nodata": 0}
+    profile |= {"transform": rasterio.Affine(0.6, 0, 4e5, 0, -0.6, 4e6), "driver": "GTiff"}
+    with rasterio.open(tmp_path / "a.tif", "w", photometric="RGB", ALPHA="YES", **profile) as file:
+        file.write(pixels)
+    out = tmp_path / "o.zarr"
+    arguments = ["--region", "auto", "--cluster", "inline"]
+    assert pipeline.ingest.main([str(tmp_path / "a.tif"), "--out", str(out), *arguments]) == 0
+    (image,) = (out / "images").glob("*-*")
+    assert main([str(image), "--out", str(tmp_path / "b.tif")]) == 0
+    with rasterio.open(tmp_path / "a.tif") as before, rasterio.open(tmp_path / "b.tif") as after:
+        np.testing.assert_array_equal(after.read(), pixels)
+        assert after.crs == before.crs and after.transform == before.transform
+        assert after.nodata == 0 and ColorInterp.alpha not in after.colorinterp
+        assert after.descriptions == ("red", "green", "blue", "nir")
+        assert set(after.mask_flag_enums[0]) == {MaskFlags.nodata}

@@ -22,8 +22,8 @@ GDAL_CACHE_MIB = 256
 
 
 def parse_georeference(code: str, transform: Sequence[float]) -> tuple[CRS, Affine]:
-    """CRS and affine transform from an image's attributes `proj:code` and `spatial:transform` (a,
-    b, c, d, e, f).
+    """CRS and affine transform from an image's attributes `proj:code` or `proj:wkt2` and
+    `spatial:transform` (a, b, c, d, e, f).
     """
     try:
         crs = CRS.from_string(code)
@@ -47,6 +47,7 @@ def write_cog(
     pixels: PixelFormat,
     bands: Sequence[str],
     georeference: tuple[CRS, Affine],
+    nodata: int | None,
     compression: Compression,
     quality: int,
     software: str,
@@ -62,7 +63,7 @@ def write_cog(
     try:
         write_plain(plain, levels, pixels, "zstd", quality, software)
         with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MIB):
-            _georeference(plain, georeference, bands)
+            _georeference(plain, georeference, nodata, bands)
             _check_overviews(plain, levels)
             predictor = {} if compression == "jpeg" else {"predictor": "YES"}
             rasterio.shutil.copy(
@@ -83,11 +84,14 @@ def write_cog(
         assert image.count == pixels.samples and ColorInterp.alpha not in image.colorinterp
 
 
-def _georeference(plain: Path, georeference: tuple[CRS, Affine], bands: Sequence[str]) -> None:
+def _georeference(
+    plain: Path, georeference: tuple[CRS, Affine], nodata: int | None, bands: Sequence[str]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(plain, "r+") as image:
             image.crs, image.transform = georeference
+            image.nodata = nodata
             image.descriptions = tuple(bands)
 
 

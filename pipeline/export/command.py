@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(options: ExportOptions) -> int:
-    has_crs = "proj:code" in OmeImage.open(options.image).attributes
+    has_crs = _has_crs(OmeImage.open(options.image))
     chosen = options.format or infer_format(options.out, has_crs)
     export = _Export.planned(
         options.image, options.out, chosen, options.compression, options.quality
@@ -151,7 +151,7 @@ class _Export:
             raise ValueError(
                 f"JPEG holds uint8 but {source} is {dtype}; use --compression zstd or deflate"
             )
-        if format == "cog" and not {"proj:code", "spatial:transform"} <= image.attributes.keys():
+        if format == "cog" and not _has_crs(image):
             raise ValueError(
                 f"{source} has no coordinate reference system, which a COG needs; use --format "
                 "ome-tiff or tiff"
@@ -194,11 +194,17 @@ class _Export:
             elif self.format == "tiff":
                 write_plain(temporary, levels, pixels, *how)
             else:
-                georeference = parse_georeference(
-                    image.attributes["proj:code"], image.attributes["spatial:transform"]
-                )
-                write_cog(temporary, levels, pixels, image.bands, georeference, *how)
+                known = image.attributes
+                code = known.get("proj:code") or known["proj:wkt2"]
+                georeference = parse_georeference(code, known["spatial:transform"])
+                nodata = known.get("nodata")
+                write_cog(temporary, levels, pixels, image.bands, georeference, nodata, *how)
         say(f"{self.out}: {self.out.stat().st_size / 1e6:.1f} MB, {len(levels)} levels")
+
+
+def _has_crs(image: OmeImage) -> bool:
+    known = image.attributes.keys()
+    return bool({"proj:code", "proj:wkt2"} & known) and "spatial:transform" in known
 
 
 def _level(image: OmeImage, level: int) -> TiffLevel:

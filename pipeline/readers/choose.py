@@ -36,7 +36,7 @@ def open_reader(
     for_rasterio = header is not None and (
         header.is_geo or header.samples > SLIDE_SAMPLES or header.bits > SLIDE_BITS
     )
-    if source_gsd is None and not for_rasterio and openslide.OpenSlide.detect_format(path):
+    if source_gsd is None and not for_rasterio and _is_slide(path):
         return SlideReader(path, source_mpp)
     if header is not None and header.is_vendor_slide:
         raise UnreadableError(
@@ -45,3 +45,12 @@ def open_reader(
             "copy it again"
         )
     return RasterReader(path, header, source_mpp, source_gsd)
+
+
+def _is_slide(path: Path) -> bool:
+    try:
+        return openslide.OpenSlide.detect_format(path) is not None
+    except openslide.OpenSlideError as error:
+        raise UnreadableError(
+            f"{path} is damaged: OpenSlide cannot tell its kind ({error}); copy it again"
+        ) from error

@@ -9,19 +9,33 @@ from __future__ import annotations
 
 import logging
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import tifffile
 
-from pipeline.readers.protocol import UnreadableError
+from pipeline.readers.protocol import UnreadableError, number
 
 MAX_TILE_BYTES = 1 << 28
 MAX_COMPRESSION_RATIO = 4000
 GEO_TAGS = (33550, 33922, 34264, 34735)
 VENDOR_DESCRIPTIONS = ("Aperio", "Hamamatsu", "Leica")
+TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+IMAGE_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff")
+KINDS = {
+    **dict.fromkeys(TIFF_BEGINNINGS, "a damaged TIFF"),
+    **dict.fromkeys(IMAGE_BEGINNINGS, "a damaged PNG or JPEG"),
+    b"GIF8": "a GIF",
+    b"RIFF": "a WebP or other RIFF file",
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format": "an SQLite database",
+}
+KIND_BYTES = 512
+CONTROLS = {chr(i) for i in range(32)} - set("\t\n\r\f")
 UM_PER = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400.0}
 RESOLUTION_UNITS_UM = {2: 25400.0, 3: 10000.0}
 
@@ -48,32 +62,65 @@ def read_tiff_header(path: Path) -> TiffHeader | None:
     """
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
-        tiff = tifffile.TiffFile(path)
-    except tifffile.TiffFileError:
-        return None
-    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
-        raise UnreadableError(f"{path} is a TIFF whose header is damaged ({error})") from error
-    with tiff:
-        try:
+        with tifffile.TiffFile(path) as tiff:
             page = tiff.pages.first
             assert isinstance(page, tifffile.TiffPage)
-        except (IndexError, struct.error, ValueError, AssertionError) as error:
-            raise UnreadableError(
-                f"{path} is a TIFF whose first image is damaged or cut off"
-            ) from error
-        _check_claims(path, page)
-        description = page.description
-        mpp_yx, source = _spacing(page, description, bool(tiff.is_ome))
-        return TiffHeader(
-            height=int(page.imagelength),
-            width=int(page.imagewidth),
-            samples=int(page.samplesperpixel),
-            bits=int(page.bitspersample),
-            is_geo=any(tag in page.tags for tag in GEO_TAGS),
-            is_vendor_slide=description.startswith(VENDOR_DESCRIPTIONS),
-            mpp_yx=mpp_yx,
-            mpp_source=source,
-        )
+            return _header(path, page, bool(tiff.is_ome))
+    except UnreadableError:
+        raise
+    # A damaged header makes tifffile raise anything: 1,500 mutated files, eleven kinds of error.
+    except Exception as error:
+        with path.open("rb") as stream:
+            if not stream.read(4).startswith(TIFF_BEGINNINGS):
+                return None
+        raise UnreadableError(
+            f"{path} is a TIFF of {path.stat().st_size} bytes whose header is damaged or cut off; "
+            "copy it again"
+        ) from error
+
+
+def _header(path: Path, page: tifffile.TiffPage, is_ome: bool) -> TiffHeader:
+    sides = (page.imagelength, page.imagewidth, *page.chunks)
+    if not all(isinstance(n, int) and n > 0 for n in (*sides, page.samplesperpixel)):
+        raise ValueError("a side that is no positive number")
+    _check_claims(path, page)
+    description = page.description
+    mpp_yx, source = _spacing(page, description, is_ome)
+    return TiffHeader(
+        height=page.imagelength,
+        width=page.imagewidth,
+        samples=page.samplesperpixel,
+        bits=page.bitspersample,
+        is_geo=any(tag in page.tags for tag in GEO_TAGS),
+        is_vendor_slide=description.startswith(VENDOR_DESCRIPTIONS),
+        mpp_yx=mpp_yx,
+        mpp_source=source,
+    )
+
+
+def begins_like_image(path: Path) -> bool:
+    """Whether a file begins as a TIFF, PNG or JPEG does; False for one that cannot be opened."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4).startswith((*TIFF_BEGINNINGS, *IMAGE_BEGINNINGS))
+    except OSError:
+        return False
+
+
+def kind_of(path: Path) -> str:
+    """What the first bytes of a file say that it is, for people."""
+    with path.open("rb") as stream:
+        start = stream.read(KIND_BYTES)
+    for beginning, kind in KINDS.items():
+        if start.startswith(beginning):
+            return kind
+    if start[128:132] == b"DICM":
+        return "a DICOM file"
+    try:
+        text = start.decode()
+    except UnicodeDecodeError as error:
+        text = start[: error.start].decode() if len(start) - error.start < 4 else "\0"
+    return "text" if text.isprintable() or not set(text) & CONTROLS else "data of no known kind"
 
 
 def check_claim(path: Path, height: int, width: int, claimed: int) -> None:
@@ -81,7 +128,7 @@ def check_claim(path: Path, height: int, width: int, claimed: int) -> None:
     held = path.stat().st_size
     if claimed > MAX_COMPRESSION_RATIO * held:
         raise UnreadableError(
-            f"{path} claims {height} × {width} pixels ({claimed / 1e9:.1f} GB) and has {held} "
+            f"{path} claims {height} × {width} pixels ({claimed / 1e6:.1f} MB) and has {held} "
             "bytes, more than "
             "any compressor could have saved; the header is wrong or the file is hostile"
         )
@@ -105,24 +152,37 @@ def _check_claims(path: Path, page: tifffile.TiffPage) -> None:
             f"{len(page.dataoffsets)}; the header is wrong or the file is cut off"
         )
     ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
-    if max(ends, default=0) > size:
+    cut = next((i for i, end in enumerate(ends) if end > size), None)
+    if cut is not None:
+        y, x = _corner(page, cut)
         raise UnreadableError(
-            f"{path} has {size} bytes and its last tile would end at {max(ends)}; the file is cut "
-            "off, copy it again"
+            f"{path} has {size} bytes and its tile at y={y}, x={x} would end at {ends[cut]}; the "
+            "file is cut off, copy it again"
         )
     present = sum(count > 0 for count in page.databytecounts)
     check_claim(path, page.imagelength, page.imagewidth, int(present * tile))
+
+
+def _corner(page: tifffile.TiffPage, index: int) -> tuple[int, int]:
+    """(y, x) of the tile or strip that comes as number `index` in the file's list."""
+    height, width = (
+        (page.tilelength, page.tilewidth)
+        if page.is_tiled
+        else (page.rowsperstrip, page.imagewidth)
+    )
+    down, across = -(-page.imagelength // height), -(-page.imagewidth // width)
+    row, column = divmod(index % (down * across), across)
+    return row * height, column * width
 
 
 def _spacing(
     page: tifffile.TiffPage, description: str, is_ome: bool
 ) -> tuple[tuple[float, float] | None, str]:
     if is_ome:
-        pixels = ElementTree.fromstring(description).find(".//{*}Pixels")
-        sizes = {} if pixels is None else pixels.attrib
+        sizes = _pixel_sizes(description)
         if "PhysicalSizeX" in sizes:
             x, y = (
-                float(sizes[f"PhysicalSize{axis}"])
+                number(sizes.get(f"PhysicalSize{axis}", ""))
                 * UM_PER.get(sizes.get(f"PhysicalSize{axis}Unit", "µm"), math.nan)
                 for axis in "XY"
             )
@@ -131,7 +191,16 @@ def _spacing(
     ratios = [page.tags.get(f"{axis}Resolution") for axis in "YX"]
     um = RESOLUTION_UNITS_UM.get(int(unit.value) if unit else 0)
     if um is None or None in ratios:
-        return None, "nowhere"
+        return None, ""
     per_unit = [r.value[0] / r.value[1] if r and r.value[1] else math.nan for r in ratios]
     y, x = (um / p if p else math.inf for p in per_unit)
     return (y, x), "TIFF resolution tags"
+
+
+def _pixel_sizes(description: str) -> dict[str, str]:
+    """The attributes of an OME-XML's Pixels; none where the XML is broken."""
+    try:
+        pixels = ElementTree.fromstring(description).find(".//{*}Pixels")
+    except ElementTree.ParseError:
+        return {}
+    return {} if pixels is None else pixels.attrib

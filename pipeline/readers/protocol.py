@@ -99,7 +99,7 @@ def check_box(path: Path, shape: tuple[int, int], y: int, x: int, height: int, w
 def read_patiently(
     read_box: Callable[[int, int, int, int], np.ndarray],
     reopen: Callable[[], None],
-    errors: type[Exception],
+    errors: type[Exception] | tuple[type[Exception], ...],
     box: tuple[int, int, int, int],
     name: str,
 ) -> np.ndarray:
@@ -129,29 +129,41 @@ def read_patiently(
     return np.concatenate(rows, axis=-2)
 
 
+def number(text: str) -> float:
+    """The number that a file's metadata states, NaN where it states none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def checked_spacing(
     path: Path, spacing_yx: tuple[float, float] | None, unit: SpacingUnit, source: str
 ) -> float:
-    """The side of a pixel, if it is credible and the same on both axes; or `UnreadableError`."""
+    """The side of a pixel, if it is credible and the same on both axes; or `UnreadableError`.
+
+    `source` says where the file states it; where it states none, `source` is what it says instead,
+    or empty.
+    """
     name, option = NAMES[unit], OVERRIDES[unit]
     if spacing_yx is None:
         raise UnreadableError(
-            f"{path} does not say its {name}, without which nothing in it has a size; give it "
-            f"with {option}"
+            f"{path} does not say its {name}{f' ({source})' if source else ''}, without which "
+            f"nothing in it has a size; give it with {option}"
+            f"{' (about 0.25 at 40x, 0.5 at 20x)' if unit == 'um' else ''}"
         )
     y, x = spacing_yx
+    if unit == "um" and any(math.isclose(25400 / dpi, x, rel_tol=1e-3) for dpi in PRINTER_DPI):
+        raise UnreadableError(
+            f"{path} says mpp {x:g} ({source}), which is {25400 / x:.0f} dots per inch, a "
+            f"printer's resolution and not a scanner's; give the true one with {option}"
+        )
     low, high = MPP_RANGE_UM if unit == "um" else (0.0, math.inf)
     if not all(math.isfinite(s) and low <= s <= high and s > 0 for s in (y, x)):
         raise UnreadableError(
             f"{path} says {name} {x:g} × {y:g} ({source}), which is not credible"
             f"{f' (outside {low:g}–{high:g} µm)' if unit == 'um' else ''}; give the true one with "
             f"{option}"
-        )
-    if unit == "um" and any(math.isclose(25400 / dpi, x, rel_tol=1e-3) for dpi in PRINTER_DPI):
-        raise UnreadableError(
-            f"{path} says mpp {x:g} ({source}), which is {25400 / x:.0f} dots per inch, a "
-            "printer's "
-            f"resolution and not a scanner's; give the true one with {option}"
         )
     if abs(y / x - 1) > ANISOTROPY_TOLERANCE:
         raise UnreadableError(

@@ -21,10 +21,11 @@ from typing import Any, Literal, cast
 import numpy as np
 import rasterio
 from jaxtyping import Bool, UInt
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
-from pipeline.readers.header import TiffHeader, check_claim
+from pipeline.readers.header import TiffHeader, check_claim, kind_of
 from pipeline.readers.protocol import (
     MaskKind,
     SpacingUnit,
@@ -35,6 +36,7 @@ from pipeline.readers.protocol import (
 )
 
 DRIVERS = ("GTiff", "VRT", "PNG", "JPEG", "JP2OpenJPEG", "HFA", "BMP")
+GDAL_ERRORS = (rasterio.errors.RasterioError, CPLE_BaseError)
 ALPHA_SAMPLE_PX = 512
 ALPHA_PURITY = 0.99
 BANDS = ("red", "green", "blue", "nir")
@@ -69,10 +71,19 @@ class RasterReader:
         self.path = path
         try:
             self._data = self._open()
-        except rasterio.errors.RasterioIOError as error:
-            raise UnreadableError(f"{path} is no image that can be read here ({error})") from error
+        except GDAL_ERRORS as error:
+            raise UnreadableError(
+                f"{path} is {kind_of(path)} and no image that can be read here; name an image, or "
+                "convert it to TIFF"
+            ) from error
         try:
             self._describe(header, source_mpp, source_gsd)
+        except GDAL_ERRORS as error:
+            self.close()
+            raise UnreadableError(
+                f"{path} is damaged: GDAL knows its kind and cannot describe it ({error}); copy "
+                "it again"
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -164,9 +175,8 @@ class RasterReader:
             with _offline():
                 return read_window(Window(left, top, columns, rows))
 
-        errors = rasterio.errors.RasterioIOError
         return read_patiently(
-            read_box, self._reopen, errors, (y, x, height, width), str(self.path)
+            read_box, self._reopen, GDAL_ERRORS, (y, x, height, width), str(self.path)
         )
 
     def _find_alpha(self) -> int | None:
@@ -210,7 +220,9 @@ class RasterReader:
         if source_gsd is not None:
             return checked_spacing(path, (source_gsd, source_gsd), "m", "given"), "m", "given"
         if data.crs is None and data.transform.is_identity:
-            mpp, source = (header.mpp_yx, header.mpp_source) if header else (None, "nowhere")
+            mpp, source = (header.mpp_yx, header.mpp_source) if header else (None, "")
+            if mpp is None and "nir" in self.bands:
+                return checked_spacing(path, None, "m", source), "m", source
             return checked_spacing(path, mpp, "um", source), "um", source
         if data.crs is None or data.transform.is_identity:
             missing = "coordinate system" if data.crs is None else "transform"
@@ -240,4 +252,10 @@ class RasterReader:
             return {}
         epsg = self._data.crs.to_epsg()
         code = {"proj:code": f"EPSG:{epsg}"} if epsg else {"proj:wkt2": self._data.crs.to_wkt()}
-        return {**code, "spatial:transform": list(self._data.transform)[:6]}
+        nodata = self._data.nodata
+        known = nodata is not None and nodata in range(np.iinfo(self.dtype).max + 1)
+        return {
+            **code,
+            "spatial:transform": list(self._data.transform)[:6],
+            **({"nodata": int(nodata)} if known else {}),
+        }

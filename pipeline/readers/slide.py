@@ -22,11 +22,13 @@ from pipeline.readers.protocol import (
     UnreadableError,
     check_box,
     checked_spacing,
+    number,
     read_patiently,
 )
 
 STRIP_PX = 1024
 OPAQUE = 255
+STATED_MPP = ("aperio.MPP",)  # what OpenSlide drops where it is no number
 
 
 class SlideReader:
@@ -43,7 +45,10 @@ class SlideReader:
         try:
             self._slide = openslide.OpenSlide(path)
         except openslide.OpenSlideError as error:
-            raise UnreadableError(f"{path} cannot be opened by OpenSlide ({error})") from error
+            raise UnreadableError(
+                f"{path} is damaged: OpenSlide knows its kind and cannot open it ({error}); copy "
+                "it again"
+            ) from error
         sizes = self._slide.level_dimensions
         width, height = sizes[0]
         self.shape = (3, height, width)
@@ -114,14 +119,16 @@ class SlideReader:
     def _find_spacing(self, source_mpp: float | None) -> tuple[float, str]:
         if source_mpp is not None:
             return checked_spacing(self.path, (source_mpp, source_mpp), "um", "given"), "given"
+        properties = self._slide.properties
         texts = [
-            self._slide.properties.get(name)
+            properties.get(name)
             for name in (openslide.PROPERTY_NAME_MPP_Y, openslide.PROPERTY_NAME_MPP_X)
         ]
-        source = f"{self._slide.properties.get(openslide.PROPERTY_NAME_VENDOR)}, openslide.mpp-x"
         if None in texts:
-            return checked_spacing(self.path, None, "um", source), source
-        y, x = (float(text) for text in texts if text is not None)
+            stated = (f"{key} is {properties[key]!r}" for key in STATED_MPP if key in properties)
+            return checked_spacing(self.path, None, "um", next(stated, "")), ""
+        y, x = (number(text) for text in texts if text is not None)
+        source = f"{properties.get(openslide.PROPERTY_NAME_VENDOR)}, openslide.mpp-x"
         return checked_spacing(self.path, (y, x), "um", source), source
 
 
