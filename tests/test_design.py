@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.design import ZoomDesign
+from model.design import Extent, ZoomDesign
 
 SMALL = ZoomDesign(points=4_000, coarse_level=3, window=16, halo=2)
 
@@ -14,14 +14,14 @@ SMALL = ZoomDesign(points=4_000, coarse_level=3, window=16, halo=2)
 @given(st.sampled_from([512, 1024, 4096]), st.integers(0, 2**62), st.integers(0, 999))
 def test_children_lie_in_the_interior_of_their_parents(side: int, seed: int, pack: int) -> None:
     design = ZoomDesign()
-    origins = design.draw(side, side, (seed, 3, pack))
-    assert origins.shape == (design.chains(side, side), 5, 2)
+    origins = design.draw(Extent(side, side), (seed, 3, pack))
+    assert origins.shape == (*design.shape(Extent(side, side)), 2)
     assert (origins % 2 == 0).all()
     child, parent = origins[:, :-1] // 2, origins[:, 1:]
     assert (child - 1 >= parent + design.halo).all()
     last = child + design.window // 2
     assert (last + 1 <= parent + design.window - design.halo).all()
-    assert np.array_equal(origins, design.draw(side, side, (seed, 3, pack)))
+    assert np.array_equal(origins, design.draw(Extent(side, side), (seed, 3, pack)))
 
 
 @given(st.integers(20_000, 200_000), st.sampled_from([256, 1024, 4096]))
@@ -30,13 +30,13 @@ def test_a_draw_never_exceeds_its_budget(points: int, side: int) -> None:
     lattice = (side // 32) ** 2
     if points - lattice < 5 * 48**2:
         with pytest.raises(ValueError, match="ask for --points"):
-            design.num_values(side, side)
+            design.num_values(Extent(side, side))
     else:
-        assert points - 5 * 48**2 < design.num_values(side, side) <= points
+        assert points - 5 * 48**2 < design.num_values(Extent(side, side)) <= points
 
 
 def test_the_published_budget_of_4096() -> None:
-    assert ZoomDesign().num_values(4096, 4096) == 128**2 + 4 * 5 * 48**2 <= 65_536
+    assert ZoomDesign().num_values(Extent(4096, 4096)) == 128**2 + 4 * 5 * 48**2 <= 65_536
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 16), (2, 14)])
@@ -44,9 +44,9 @@ def test_every_pixel_is_drawn_and_scored_equally_often(low: int, high: int) -> N
     """Counts over many draws are binomial, with one probability for all pixels."""
     side, draws = 32, 6_000
     counts = np.zeros((side, side))
-    chains = SMALL.chains(side, side)
+    chains, _ = SMALL.shape(Extent(side, side))
     for number in range(draws):
-        for y, x in SMALL.draw(side, side, (0, number))[:, 0]:
+        for y, x in SMALL.draw(Extent(side, side), (0, number))[:, 0]:
             ys, xs = np.arange(y + low, y + high), np.arange(x + low, x + high)
             counts[np.ix_(ys[(ys >= 0) & (ys < side)], xs[(xs >= 0) & (xs < side)])] += 1
     positions = side // 2 + SMALL.window // 2 - 1
@@ -55,9 +55,9 @@ def test_every_pixel_is_drawn_and_scored_equally_often(low: int, high: int) -> N
 
 
 def test_draws_differ_by_key() -> None:
-    first = SMALL.draw(64, 64, (0, 0))
-    assert not np.array_equal(first, SMALL.draw(64, 64, (0, 1)))
-    assert not np.array_equal(first, SMALL.draw(64, 64, (1, 0)))
+    first = SMALL.draw(Extent(64, 64), (0, 0))
+    assert not np.array_equal(first, SMALL.draw(Extent(64, 64), (0, 1)))
+    assert not np.array_equal(first, SMALL.draw(Extent(64, 64), (1, 0)))
 
 
 def test_a_window_too_small_for_its_child_is_refused() -> None:
