@@ -51,6 +51,7 @@ class PatchDenoiser(nn.Module):
         cells = config.unshuffle**2
         self.unet = make_unet(config, cells * config.channels, cells * config.channels)
         nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
 
     def encode(
         self, values: Float[Tensor, "n d"], keep: Bool[Tensor, " n"]

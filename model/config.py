@@ -114,7 +114,7 @@ class PatchConfig:
     patch_px: int = 256
     unshuffle: int = 4
     token_width: int = 64
-    unet_widths: tuple[int, ...] = (64, 96, 128, 192)
+    unet_widths: tuple[int, ...] = (48, 64, 96, 128)
     unet_attention: int = 2
     unet_layers: int = 1
     unet_head_dim: int = 32
@@ -213,7 +213,7 @@ PATCHES: dict[str, dict[str, Any]] = {
     "patch": {},
     "patch-brush": {
         "token_width": 768,
-        "unet_widths": (256, 512, 768, 1024),
+        "unet_widths": (256, 448, 704, 960),
         "unet_attention": 3,
         "unet_layers": 2,
         "unet_head_dim": 64,
