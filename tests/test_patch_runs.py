@@ -19,7 +19,7 @@ from model.baselines import PatchObjective
 from model.config import PatchConfig
 from model.family import make_denoiser, make_objective
 from pipeline.ome import OmeImage
-from pipeline.packfile import ABSENT, PackSet
+from pipeline.packfile import PackSet
 from pipeline.store import Store
 
 STEPS = 4
@@ -158,7 +158,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(
             for of in (trained, folder)
         )
         assert all(torch.equal(one[key], other[key]) for key in one)
-    assert len(list((folder / "samples").glob("*.png"))) == STEPS // 2
+    assert len(list((trained / "samples").glob("*.png"))) == STEPS // 2
 
 
 def test_it_paints_sizes_of_its_own_the_same_in_any_strips(
@@ -188,19 +188,22 @@ def test_mistakes_are_sentences(
     ):
         assert command.main([*sample, *more]) == 2
         assert sentence in capsys.readouterr().err
-    run_of = tmp_path / "run"
+    run_of, large = tmp_path / "run", ("--window", "512", "--points", "262144")
     assert jobs.train.main(train_arguments(chain, run_of, 2, "--preset", "patch")) == 2
     assert "needs --design patch --window 256" in capsys.readouterr().err
     assert jobs.train.main([*arguments(chain, packs, run_of), "--preset", "tiny"]) == 2
     assert "needs --design zoom" in capsys.readouterr().err
-    assert pipeline.pack.main(pack_arguments(chain, tmp_path / "p", "--window", "512")) == 2
+    assert pipeline.pack.main(pack_arguments(chain, tmp_path / "p", *large)) == 2
     assert "hold no patch of 512 px" in capsys.readouterr().err
     assert pipeline.pack.main(pack_arguments(chain, tmp_path / "p", "--window", "128")) == 2
     assert "patches of 128 px need --footprint 128" in capsys.readouterr().err
     assert not run_of.exists()
 
 
-def test_absent_pixels_stay_absent(chain: Chain, packs: Path) -> None:
-    settings = PackSet.open(packs).settings
-    assert settings.lattices == ((256, 1, 1),)
-    assert ABSENT not in PackSet.open(packs).draw(PackSet.open(packs).regions[0], 0).windows
+def test_regions_off_the_lattice_of_tiles_are_left_out(chain: Chain, packs: Path) -> None:
+    """Regions lie every 128 px; patches of 256 px only where an embedded tile lies."""
+    opened, regions = PackSet.open(packs), Store.open(chain.store).regions()
+    assert opened.settings.lattices == ((256, 1, 1),)
+    aligned = [r.index for r in regions if r.y % 256 == r.x % 256 == 0]
+    assert [entry.key for entry in opened.regions] == aligned
+    assert len(aligned) < len(regions)
