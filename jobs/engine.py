@@ -55,6 +55,11 @@ def join() -> Ranks:
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
+def leave() -> None:
+    """Leave the other ranks, so that another run can follow in this process."""
+    deepspeed.comm.destroy_process_group()
+
+
 def from_first_rank(value: T, ranks: Ranks) -> T:
     """What rank 0 holds as `value`, on every rank."""
     shared = [value]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.data import Batch, Batches
-from jobs.engine import Ranks, build, from_first_rank, join
+from jobs.engine import Ranks, build, from_first_rank, join, leave
 from jobs.preview import write_preview
 from jobs.run import HEARTBEAT_S, Run, RunConfig, RunState
 from model.config import preset
@@ -145,7 +145,7 @@ def train(options: Train) -> int:
             if ranks.rank == 0:
                 run.fail()
             raise
-    torch.distributed.destroy_process_group()
+    leave()
     return console.EXIT_DONE if status == "done" else console.EXIT_PREEMPTED
 
 
