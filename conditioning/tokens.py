@@ -6,6 +6,7 @@ given their places; a batch holds regions whose lattices have the same sizes. Be
 lattices go on by reflection (`conditioning.layout`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float32
 
 from model.attention import Condition
+from model.lattice import Box
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import PackSettings
 from pipeline.store import Region, Store
@@ -55,6 +57,30 @@ def _reflected(count: int, first_px: float, footprint_px: int, extent_px: int) -
     wanted = max(int(np.ceil((extent_px - first_px) / footprint_px)), 1)
     there_and_back = [*range(count), *reversed(range(count))]
     return [there_and_back[i % len(there_and_back)] for i in range(wanted)]
+
+
+def within(lattices: Sequence[TokenLattice], view: Box) -> list[TokenLattice]:
+    """The tokens whose centres lie in a box of pixels, their places counted from its corner."""
+    cut = []
+    for lattice in lattices:
+        pitch = lattice.footprint_px
+        rows, first_y = _inside(lattice.y_px, pitch, lattice.values.shape[0], view.y, view.height)
+        columns, first_x = _inside(
+            lattice.x_px, pitch, lattice.values.shape[1], view.x, view.width
+        )
+        cut.append(TokenLattice(lattice.values[rows, columns], pitch, first_y, first_x))
+    return cut
+
+
+def _inside(
+    first_px: float, pitch: int, count: int, start: int, extent: int
+) -> tuple[slice, float]:
+    """Which tokens of a row have their centres in [start, start + extent), and the first's place
+    from there.
+    """
+    low = max(math.ceil((start - first_px) / pitch), 0)
+    high = min(math.ceil((start + extent - first_px) / pitch), count)
+    return slice(low, max(high, low)), first_px + low * pitch - start
 
 
 def dihedral(lattices: Sequence[TokenLattice], element: int, side_px: int) -> list[TokenLattice]:

@@ -8,7 +8,7 @@ does a run that was resumed.
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64, UInt16
 from torch import Tensor
 
-from conditioning.tokens import TokenScale, dihedral, to_condition
+from conditioning.tokens import TokenScale, dihedral, to_condition, within
 from model.attention import Condition
 from model.objective import Draw
 from pipeline.embeddings import TokenLattice
@@ -122,7 +122,11 @@ class Batches:
             uniform.append((number % self.batch + random.random()) / self.batch)
             keep.append(bool(random.random() >= self.condition_dropout))
             element = int(random.integers(8)) if self.augment else 0
-            samples.append(turn(self._sample(number), element, self.packs.settings.side_px))
+            sample = turn(self._sample(number), element, self.packs.settings.side_px)
+            view = self.packs.design.view(sample.origins)
+            if view is not None:
+                sample = replace(sample, tokens=within(sample.tokens, view))
+            samples.append(sample)
         statistics = self.packs.statistics
         scale = TokenScale(
             np.array(statistics.token_mean, np.float32), np.array(statistics.token_std, np.float32)
@@ -139,16 +143,9 @@ class Batches:
         order = _permutation(self.seed, number // pairs, pairs)
         region, pack = divmod(int(order[number % pairs]), self.packs.settings.packs_per_region)
         entry = self._entries[region]
-        settings = self.packs.settings
-        origins = settings.zoom().draw(
-            settings.side_px, settings.side_px, (settings.seed, entry.key, pack)
-        )
-        return Sample(
-            self.packs.lattice(entry),
-            self.packs.windows(entry, pack),
-            origins,
-            self.packs.tokens(entry),
-        )
+        drawn = self.packs.draw(entry, pack)
+        tokens = self.packs.tokens(entry)
+        return Sample(drawn.lattice, drawn.windows, drawn.origins, tokens)
 
     def _draw(self, samples: list[Sample]) -> Draw:
         lattice, lattice_present = self._standardise(np.stack([s.lattice for s in samples]))

@@ -17,35 +17,12 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from jaxtyping import Float
-from torch import Tensor, nn
 
-from jobs.data import Batch
-from model.denoiser import PyramidDenoiser
-from model.noise import NoiseTree
-from model.objective import draw_noise, level_losses
+from model.family import Objective
 
 T = TypeVar("T")
 
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-
-
-class Objective(nn.Module):
-    """Losses of a batch at every level, as a module that DeepSpeed can wrap.
-
-    The log-SNR is uniform over the range in which every octave goes from drowned to clean.
-    """
-
-    def __init__(self, denoiser: PyramidDenoiser) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
-        self.low, self.high = denoiser.octaves.log_snr_range()
-
-    def forward(self, batch: Batch) -> Float[Tensor, " levels"]:
-        noise = draw_noise(self.tree, batch.seeds, batch.draw)
-        log_snr = self.low + (self.high - self.low) * batch.uniform
-        return level_losses(self.denoiser, batch.draw, noise, log_snr, batch.condition)
 
 
 @dataclass(frozen=True)
@@ -76,6 +53,11 @@ def join() -> Ranks:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def leave() -> None:
+    """Leave the other ranks, so that another run can follow in this process."""
+    deepspeed.comm.destroy_process_group()
 
 
 def from_first_rank(value: T, ranks: Ranks) -> T:

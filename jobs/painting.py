@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from model.generate import ArrayField, Painter, Trajectory, advance, finish, start
+from model.family import Denoiser
+from model.generate import ArrayField, Estimator, Trajectory, advance, finish, start
 from model.noise import NoiseTree
 from model.solver import DDIM, DPMSolverPP2M, Solver, uniform_steps
 from pipeline import console
@@ -26,7 +28,8 @@ class Recipe:
     """What decides a painting, given the denoiser and the condition.
 
     height, width: cells of the field (pixels at scale 1). steps: evaluations of the denoiser;
-    guidance counts each twice. level: of the field's cells.
+    guidance counts each twice. level: of the field's cells. overlap: of the windows of patch
+    diffusion.
     """
 
     height: int
@@ -36,6 +39,11 @@ class Recipe:
     guidance: float
     solver: str
     level: int = 0
+    overlap: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What names the painting; what does not concern it is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def make_solver(self) -> Solver:
         if self.solver not in SOLVERS:
@@ -44,7 +52,8 @@ class Recipe:
 
 
 def paint(
-    painter: Painter,
+    denoiser: Denoiser,
+    painter: Estimator,
     recipe: Recipe,
     work: Path | None = None,
     report: Callable[[int, int], None] = lambda step, cells: None,
@@ -56,16 +65,16 @@ def paint(
         report: called with the step (from 0) and the cells done, tile by tile.
     """
     solver = recipe.make_solver()
-    shape = (painter.denoiser.config.channels, recipe.height, recipe.width)
+    shape = (denoiser.config.channels, recipe.height, recipe.width)
     fields = [_field(work, name, shape) for name in ("u0", "u1")]
     memory: list[ArrayField] | list[None] = [None, None]
     if solver.remembers:
         memory = [_field(work, name, shape) for name in ("estimate0", "estimate1")]
-    low, high = painter.denoiser.octaves.log_snr_range()
+    low, high = denoiser.octaves.log_snr_range()
     steps = uniform_steps(low, high, max(recipe.steps - 1, 1))
     done = _done(work, recipe)
     if done == 0:
-        tree = NoiseTree(painter.denoiser.octaves.noise, painter.denoiser.config.channels)
+        tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
         start(fields[0], tree, recipe.seed, low, level=recipe.level)
     for number in range(done, recipe.steps):
         here, there = number % 2, (number + 1) % 2
@@ -93,9 +102,9 @@ def _done(work: Path | None, recipe: Recipe) -> int:
     if file is None or not file.is_file():
         return 0
     state = json.loads(file.read_text())
-    return int(state["done"]) if state["recipe"] == asdict(recipe) else 0
+    return int(state["done"]) if state["recipe"] == recipe.to_json() else 0
 
 
 def _mark(work: Path | None, recipe: Recipe, done: int) -> None:
     if work is not None:
-        console.write_json_atomic(work / "state.json", {"recipe": asdict(recipe), "done": done})
+        console.write_json_atomic(work / "state.json", {"recipe": recipe.to_json(), "done": done})

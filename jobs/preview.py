@@ -1,7 +1,8 @@
 """A small picture of what a run would paint now, beside the region that conditions it.
 
-Both are the coarse levels of the full images (cells of 8 px): the left half is the real region as
-its packs know it (its lattice, cells of 32 px), the right half is painted by the averaged weights.
+The left half is the real region as its packs know it (its lattice, cells of 32 px), the right half
+is painted by the averaged weights: ours paints the coarse level of the full image (cells of 8 px),
+patch diffusion, which knows one resolution only, its corner.
 """
 
 import numpy as np
@@ -9,13 +10,12 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from conditioning.tokens import to_condition
+from conditioning.tokens import fit, to_condition
 from jobs.painting import Recipe, paint
 from jobs.run import Run, RunConfig
-from model.generate import Painter
+from model.family import make_painter
 from pipeline.packfile import PackSet
 
-LEVEL = 3
 STEPS = 12
 SIDE_PX = 512
 
@@ -26,14 +26,21 @@ def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> 
     """
     config = run.config()
     entry = min(packs.regions, key=lambda e: (e.split == "train", e.key))
-    condition = to_condition([packs.tokens(entry)], config.token_scale(), [True]).to(device)
+    level = config.denoiser.preview_level
+    side = min(config.packs.side_px >> level, SIDE_PX)
+    side_px = side << level
+    tokens = fit(packs.tokens(entry), side_px, side_px)
+    condition = to_condition([tokens], config.token_scale(), [True]).to(device)
     denoiser = run.load_denoiser(device=device)
-    side = config.packs.side_px >> LEVEL
-    recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=LEVEL)
-    painter = Painter(denoiser, condition, base_level=LEVEL, held_level=LEVEL, tile=side)
-    painted = config.statistics.to_pixels(paint(painter, recipe).array.transpose(1, 2, 0))
+    recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=level)
+    painter = make_painter(denoiser, condition, guidance=1.0, tile=side, level=level)
+    painted = config.statistics.to_pixels(
+        paint(denoiser, painter, recipe).array.transpose(1, 2, 0)
+    )
     scale = config.packs.value_scale
-    real = to_uint8(packs.lattice(entry).astype(np.float32) / scale, config)
+    cells = side_px >> config.packs.coarse_level
+    lattice = packs.lattice(entry)[:cells, :cells]
+    real = to_uint8(lattice.astype(np.float32) / scale, config)
     folder = run.path / "samples"
     folder.mkdir(exist_ok=True)
     halves = [_square(real), _square(to_uint8(painted, config))]

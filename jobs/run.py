@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from conditioning.tokens import TokenScale
-from model.config import PyramidConfig, config_from_dict
-from model.denoiser import PyramidDenoiser
+from model.config import DenoiserConfig, config_from_dict
+from model.family import Denoiser, make_denoiser
 from model.noise import NoiseSpectrum
 from model.process import Octaves
 from pipeline import console
@@ -49,7 +49,7 @@ class RunConfig:
     """
 
     preset: str
-    denoiser: PyramidConfig
+    denoiser: DenoiserConfig
     octaves: Octaves
     packs: PackSettings
     statistics: PackStatistics
@@ -227,12 +227,12 @@ class Run:
             lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
             console.write_bytes_atomic(file, "".join(f"{line}\n" for line in lines).encode())
 
-    def load_denoiser(self, *, device: torch.device, weights: str = "ema") -> PyramidDenoiser:
+    def load_denoiser(self, *, device: torch.device, weights: str = "ema") -> Denoiser:
         """The denoiser of the newest checkpoint, ready to be evaluated."""
         config, state = self.config(), self.state()
         if state is None or state.checkpoint is None:
             raise ValueError(f"{self.path} has no checkpoint yet; let python -m jobs.train run on")
-        denoiser = PyramidDenoiser(config.denoiser, config.octaves)
+        denoiser = make_denoiser(config.denoiser, config.octaves)
         file = self.path / "checkpoints" / state.checkpoint / f"{weights}.safetensors"
         denoiser.load_state_dict(load_file(file))
         return denoiser.to(device).eval().requires_grad_(False)

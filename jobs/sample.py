@@ -22,8 +22,9 @@ from conditioning.layout import Fill, condition_of, in_words, lay_out
 from conditioning.tokens import to_condition
 from jobs.painting import SOLVERS, Recipe, paint
 from jobs.run import Run, RunConfig
-from model.denoiser import PyramidDenoiser
-from model.generate import ArrayField, Painter
+from model.config import DenoiserConfig
+from model.family import Denoiser, make_painter
+from model.generate import ArrayField
 from pipeline import console
 from pipeline.export import export_image
 from pipeline.ome import OmeImage
@@ -53,13 +54,17 @@ class Sample:
     scale: float = 1.0
     """Resolution of the painted image over the training's: 1, 0.5, 0.25 or 0.125."""
     steps: int = 20
-    """Evaluations of the denoiser; guidance evaluates twice in each."""
+    """Evaluations of the denoiser; guidance evaluates twice in each. Both papers took 50."""
     seed: int = 0
     guidance: float = 1.5
-    """Classifier-free guidance; 1 is the condition alone, and twice as fast."""
+    """Classifier-free guidance; 1 is the condition alone, and twice as fast. Patch diffusion was
+    published with 3."""
     solver: Literal["dpm++2m", "ddim"] = "dpm++2m"
     tile: str = "auto"
     """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
+    overlap: float | None = None
+    """Patch diffusion only: how much of a window its neighbours overlap; by default 0.75, as
+    published."""
     format: tuple[Literal["ome-tiff", "tiff", "cog", "zarr"], ...] = ("ome-tiff",)
     """What to write beside the OME-Zarr image."""
     device: str = "auto"
@@ -107,8 +112,9 @@ def make_plan(options: Sample, store: Store) -> Plan:
     if not chosen:
         chosen = [min(regions, key=lambda region: (region.split == "train", region.index))]
     height, width = _size(options.size, chosen[0].side)
-    level, coarse = SCALES[options.scale], config.denoiser.coarse_px
+    level, coarse = SCALES[options.scale], config.denoiser.cell_px
     device = choose_device(options.device)
+    overlap = config.denoiser.overlap(options.overlap, height, width, level)
     # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
     recipe = Recipe(
         -(-height // coarse) * coarse >> level,
@@ -118,10 +124,11 @@ def make_plan(options: Sample, store: Store) -> Plan:
         options.guidance,
         options.solver,
         level,
+        overlap,
     )
     if options.steps < 1:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
-    tile = _tile(options.tile, device)
+    tile = _tile(options.tile, device, config.denoiser)
     return Plan(config, tuple(chosen), recipe, (height, width), tile, device)
 
 
@@ -134,9 +141,9 @@ def _size(text: str, side: int) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def _tile(text: str, device: torch.device) -> int:
+def _tile(text: str, device: torch.device, denoiser: DenoiserConfig) -> int:
     if text == "auto":
-        return 1024 if device.type == "cuda" else 256
+        return denoiser.tile_px(device.type == "cuda")
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--tile takes auto or a side in pixels, not {text!r}")
     return int(text)
@@ -152,8 +159,13 @@ def sample(options: Sample) -> int:
     console.say(
         f"sample: {len(plan.regions)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
         f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}, guidance "
-        f"{recipe.guidance:g}, tiles of {plan.tile} on {plan.device}; "
-        f"{work_bytes / 1e9:.2f} GB of work on disk"
+        f"{recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
+        + (
+            f", windows overlapping by {recipe.overlap:g}; "
+            if recipe.overlap is not None
+            else "; "
+        )
+        + f"{work_bytes / 1e9:.2f} GB of work on disk"
     )
     if options.dry_run:
         return console.EXIT_DONE
@@ -194,7 +206,7 @@ def _identity(
         "checkpoint": state.checkpoint if state else None,
         "store_fingerprint": store.fingerprint(),
         "region": asdict(region),
-        "recipe": asdict(plan.recipe),
+        "recipe": plan.recipe.to_json(),
         "size_px": list(plan.size_px),
         "layout": [[r.index for r in row] for row in _layout(options, store, plan, region)],
     }
@@ -217,7 +229,7 @@ def _check_same(record: Path, identity: dict[str, Any]) -> None:
 def _paint(
     options: Sample,
     store: Store,
-    denoiser: PyramidDenoiser,
+    denoiser: Denoiser,
     plan: Plan,
     region: Region,
     name: str,
@@ -235,16 +247,17 @@ def _paint(
     layout = _layout(options, store, plan, region)
     lattices = condition_of(store, plan.config.packs, layout, plan.size_px)
     condition = to_condition([lattices], plan.config.token_scale(), [True]).to(plan.device)
-    painter = Painter(
+    painter = make_painter(
         denoiser,
         condition,
         guidance=options.guidance,
-        tile=min(plan.tile, recipe.height, recipe.width),
-        base_level=recipe.level,
+        tile=plan.tile,
+        level=recipe.level,
+        overlap=recipe.overlap,
     )
     cells = recipe.height * recipe.width
     with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
-        field = paint(painter, recipe, work, lambda step, n: count(step * cells, n))
+        field = paint(denoiser, painter, recipe, work, lambda step, n: count(step * cells, n))
     attributes = {**_place(store, region, 2**recipe.level), "gigabrush": identity}
     _write_image(plan, field, options.out / f"{name}.zarr", attributes)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

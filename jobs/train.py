@@ -18,13 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.data import Batch, Batches
-from jobs.engine import Objective, Ranks, build, from_first_rank, join
+from jobs.engine import Ranks, build, from_first_rank, join, leave
 from jobs.preview import write_preview
 from jobs.run import HEARTBEAT_S, Run, RunConfig, RunState
 from model.config import preset
-from model.denoiser import PyramidDenoiser
-from model.noise import NoiseSpectrum
-from model.process import Octaves
+from model.family import Denoiser, make_denoiser, make_objective
 from pipeline import console
 from pipeline.packfile import PackSet
 
@@ -42,7 +40,8 @@ class Train:
     run: Path
     """Folder of the run."""
     preset: str = "brush"
-    """Size of the denoiser: brush (450M parameters), small, or tiny (two CPU cores)."""
+    """Size of the denoiser: brush (450M parameters), small, or tiny (two CPU cores); patch-brush
+    and patch are patch diffusion of the sizes of brush and tiny, for packs of --design patch."""
     steps: int = 100_000
     """Steps of the whole run."""
     max_minutes: float | None = None
@@ -59,7 +58,8 @@ class Train:
     augment: bool = True
     """Turn and mirror regions."""
     noise_floor: float = 0.005
-    """Least noise variance of an octave coarser than the lattice; 0 is white noise."""
+    """Least noise variance of an octave coarser than the lattice; 0 is white noise, which patch
+    diffusion always has."""
     zero: int = 0
     """DeepSpeed ZeRO stage: 0, 1 or 2."""
     precision: str = "auto"
@@ -82,20 +82,10 @@ def make_config(options: Train, packs: PackSet) -> RunConfig:
         channels=len(settings.bands),
         token_dim=len(statistics.token_mean),
     )
-    if denoiser.coarse_level != settings.coarse_level or settings.halo < denoiser.halo:
-        raise ValueError(
-            f"{packs.path} was packed with coarse level {settings.coarse_level} and halo "
-            f"{settings.halo}, preset {options.preset} needs {denoiser.coarse_level} and "
-            f"{denoiser.halo}; pack again with --coarse-level and --halo"
-        )
-    noise = NoiseSpectrum(
-        top_level=len(statistics.signal) - 1,
-        coarse_level=settings.coarse_level,
-        floor=options.noise_floor,
-    )
+    denoiser.check_design(packs.design)
     free = {"packs", "run", "max_minutes", "save_every", "log_every", "dry_run"}
     training = {k: v for k, v in asdict(options).items() if k not in free}
-    octaves = Octaves(statistics.signal, statistics.residual, noise)
+    octaves = denoiser.octaves(statistics.signal, statistics.residual, options.noise_floor)
     return RunConfig(options.preset, denoiser, octaves, settings, statistics, training)
 
 
@@ -114,7 +104,7 @@ def train(options: Train) -> int:
     packs = PackSet.open(options.packs)
     config = make_config(options, packs)
     torch.manual_seed(options.seed)
-    denoiser = PyramidDenoiser(config.denoiser, config.octaves)
+    denoiser = make_denoiser(config.denoiser, config.octaves)
     if options.init_from is not None:
         initialise(denoiser, Path(options.init_from))
     parameters = sum(p.numel() for p in denoiser.parameters())
@@ -155,11 +145,11 @@ def train(options: Train) -> int:
             if ranks.rank == 0:
                 run.fail()
             raise
-    torch.distributed.destroy_process_group()
+    leave()
     return console.EXIT_DONE if status == "done" else console.EXIT_PREEMPTED
 
 
-def initialise(denoiser: PyramidDenoiser, file: Path) -> None:
+def initialise(denoiser: Denoiser, file: Path) -> None:
     """Load weights of a denoiser of the same size."""
     if not file.is_file():
         raise ValueError(f"--init-from {file} does not exist; name a .safetensors file")
@@ -188,7 +178,7 @@ class Trainer:
     def __init__(
         self,
         options: Train,
-        denoiser: PyramidDenoiser,
+        denoiser: Denoiser,
         ranks: Ranks,
         run: Run,
         packs: PackSet,
@@ -196,7 +186,7 @@ class Trainer:
         self.options, self.ranks, self.run, self.packs = options, ranks, run, packs
         cuda = ranks.device.type == "cuda"
         bf16 = options.precision == "bf16" or (options.precision == "auto" and cuda)
-        self.objective = Objective(denoiser)
+        self.objective = make_objective(denoiser)
         self.ema = {name: p.detach().clone().float() for name, p in denoiser.named_parameters()}
         self.engine = build(
             self.objective,
@@ -247,7 +237,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(step, seconds)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, self.bf16):
-            losses = self.engine(batch)
+            losses = self.engine(batch.draw, batch.condition, batch.seeds, batch.uniform)
         self.engine.backward(losses.sum())
         self.engine.step()
         decay = min(self.options.ema, (1 + step) / (10 + step))

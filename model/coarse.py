@@ -13,13 +13,38 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from model.config import PyramidConfig
+from model.config import DenoiserConfig, PyramidConfig
+
+TIME_ORIGIN, TIME_SCALE = 16.0, 30.0
+
+
+def make_unet(config: DenoiserConfig, in_channels: int, out_channels: int) -> Any:
+    """diffusers' U-Net of the sizes of `config`; it attends to tokens of `token_width`."""
+    attended = config.unet_attention
+    plain = len(config.unet_widths) - attended
+    return UNet2DConditionModel(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        block_out_channels=config.unet_widths,
+        layers_per_block=config.unet_layers,
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * attended,
+        up_block_types=("CrossAttnUpBlock2D",) * attended + ("UpBlock2D",) * plain,
+        cross_attention_dim=config.token_width,
+        # diffusers takes this as the number of heads here, whatever its name says.
+        attention_head_dim=tuple(
+            max(width // config.unet_head_dim, 1) for width in config.unet_widths
+        ),
+        norm_num_groups=config.unet_groups,
+    )
+
+
+def unet_time(log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """A log-SNR on the scale of the 1000 time steps that the U-Net's embedding was made for."""
+    return (log_snr.clamp(-TIME_ORIGIN, TIME_ORIGIN) + TIME_ORIGIN) * TIME_SCALE
 
 
 class CoarseNet(nn.Module):
     """U-Net on a lattice of h x w cells; any h and w, padded inside with absent cells."""
-
-    TIME_ORIGIN, TIME_SCALE = 16.0, 30.0
 
     def __init__(self, config: PyramidConfig) -> None:
         super().__init__()
@@ -27,21 +52,10 @@ class CoarseNet(nn.Module):
         self.channels = config.channels
         self.multiple = self.patch << (len(config.unet_widths) - 1)
         cells = self.patch**2
-        attended = config.unet_attention
-        plain = len(config.unet_widths) - attended
-        self.unet: Any = UNet2DConditionModel(
-            in_channels=cells * (2 * config.channels + 1) + config.token_width,
-            out_channels=cells * (config.channels + config.lattice_width),
-            block_out_channels=config.unet_widths,
-            layers_per_block=config.unet_layers,
-            down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * attended,
-            up_block_types=("CrossAttnUpBlock2D",) * attended + ("UpBlock2D",) * plain,
-            cross_attention_dim=config.token_width,
-            # diffusers takes this as the number of heads here, whatever its name says.
-            attention_head_dim=tuple(
-                max(width // config.unet_head_dim, 1) for width in config.unet_widths
-            ),
-            norm_num_groups=config.unet_groups,
+        self.unet = make_unet(
+            config,
+            cells * (2 * config.channels + 1) + config.token_width,
+            cells * (config.channels + config.lattice_width),
         )
 
     def forward(
@@ -62,9 +76,7 @@ class CoarseNet(nn.Module):
             torch.cat([values, present], dim=1), (0, -w % self.multiple, 0, -h % self.multiple)
         )
         x = torch.cat([F.pixel_unshuffle(x, self.patch), looked_up], dim=1)
-        time = (
-            log_snr.clamp(-self.TIME_ORIGIN, self.TIME_ORIGIN) + self.TIME_ORIGIN
-        ) * self.TIME_SCALE
+        time = unet_time(log_snr)
         out = F.pixel_shuffle(self.unet(x, time, encoder_hidden_states=tokens).sample, self.patch)
         out = out[:, :, :h, :w]
         return out[:, : self.channels], out[:, self.channels :]

@@ -1,11 +1,20 @@
 """Every choice of a denoiser as one field of one frozen dataclass, and the presets.
 
-An ablation is one field. What a run resolved to is saved beside its weights as JSON and read back
-with `config_from_dict`, which refuses keys it does not know.
+An ablation is one field. Two kinds: ours (`PyramidConfig`) and the opponent, patch diffusion
+(`PatchConfig`). A configuration also says which draws its denoiser learns from, in which octaves
+it sees the process and what it can paint. What a run resolved to is saved beside its weights as
+JSON and read back with `config_from_dict`, which tells the kinds apart by their keys and refuses
+keys it does not know.
 """
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from model.design import Design, PatchDesign, ZoomDesign
+from model.noise import NoiseSpectrum
+from model.process import Octaves
+
+PUBLISHED_OVERLAP = 0.75
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,130 @@ class PyramidConfig:
         return max(self.blocks) * (self.kernel // 2)
 
     @property
-    def coarse_px(self) -> int:
-        """Side of a coarse cell in pixels."""
+    def cell_px(self) -> int:
+        """Fields are painted in multiples of this many pixels: the coarse cell."""
         return 1 << self.coarse_level
 
+    @property
+    def preview_level(self) -> int:
+        """Level at which a whole image can be painted cheaply."""
+        return min(3, self.coarse_level)
 
-PRESETS: dict[str, dict[str, Any]] = {
+    def tile_px(self, on_gpu: bool) -> int:
+        """Side of a tile that suits a device: on a CPU it stays in the cache."""
+        return 1024 if on_gpu else 256
+
+    def overlap(self, asked: float | None, height_px: int, width_px: int, level: int) -> None:
+        """Ours has no windows to overlap; a `ValueError` where an overlap is asked for."""
+        if asked is not None:
+            raise ValueError(
+                f"an overlap of {asked:g} was asked for, but only patch diffusion paints in "
+                "windows that overlap; leave --overlap out"
+            )
+
+    def check_design(self, design: Design) -> None:
+        """A `ValueError` when the draws of `design` cannot train this denoiser."""
+        if not isinstance(design, ZoomDesign) or (
+            design.coarse_level != self.coarse_level or design.halo < self.halo
+        ):
+            raise ValueError(
+                f"this preset needs --design zoom --coarse-level {self.coarse_level} --halo "
+                f"{self.halo} or more, the packs were drawn by {design}; pack again"
+            )
+
+    def octaves(
+        self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
+    ) -> Octaves:
+        """The process in every octave of a region, from the variances measured on it."""
+        noise = NoiseSpectrum(len(signal) - 1, self.coarse_level, noise_floor)
+        return Octaves(signal, residual, noise)
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """Sizes of a `baselines.PatchDenoiser`.
+
+    channels: bands of the image. token_dim: width of the condition's embeddings. patch_px: side of
+    a patch, and of the tile whose embedding conditions it. unshuffle: pixels a side that the U-Net
+    takes as one place. The others as in `PyramidConfig`.
+    """
+
+    channels: int
+    token_dim: int
+    patch_px: int = 256
+    unshuffle: int = 4
+    token_width: int = 64
+    unet_widths: tuple[int, ...] = (48, 64, 96, 128)
+    unet_attention: int = 2
+    unet_layers: int = 1
+    unet_head_dim: int = 32
+    unet_groups: int = 16
+
+    def __post_init__(self) -> None:
+        multiple = self.unshuffle << (len(self.unet_widths) - 1)
+        if self.patch_px % multiple or self.patch_px & (self.patch_px - 1):
+            raise ValueError(
+                f"a patch of {self.patch_px} px must be a power of two and a multiple of "
+                f"{multiple} px, the coarsest place of its U-Net"
+            )
+
+    @property
+    def cell_px(self) -> int:
+        """Fields of any size are painted, from one patch on."""
+        return 1
+
+    @property
+    def preview_level(self) -> int:
+        """Patches are known at the level of pixels only."""
+        return 0
+
+    def tile_px(self, on_gpu: bool) -> int:
+        """Width of a strip, within which no window is evaluated twice."""
+        return 4096
+
+    def overlap(self, asked: float | None, height_px: int, width_px: int, level: int) -> float:
+        """The overlap of windows, 0.75 unless asked otherwise; a `ValueError` where this image
+        cannot be painted.
+        """
+        if min(height_px, width_px) < self.patch_px:
+            raise ValueError(
+                f"patch diffusion paints windows of {self.patch_px} px, which an image of "
+                f"{height_px}x{width_px} px cannot hold; ask for --size {self.patch_px} or more"
+            )
+        if level:
+            raise ValueError(
+                "patch diffusion knows its patches at one resolution only; leave --scale at 1"
+            )
+        overlap = PUBLISHED_OVERLAP if asked is None else asked
+        if not 0.0 <= overlap < 1.0:
+            raise ValueError(f"--overlap takes a part of a window in [0, 1), not {overlap:g}")
+        return overlap
+
+    def check_design(self, design: Design) -> None:
+        """A `ValueError` when the draws of `design` cannot train this denoiser."""
+        if not isinstance(design, PatchDesign) or design.window != self.patch_px:
+            raise ValueError(
+                f"this preset needs --design patch --window {self.patch_px}, the packs were drawn "
+                f"by {design}; pack again"
+            )
+
+    def octaves(
+        self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
+    ) -> Octaves:
+        """The process in the octaves of one patch, under white noise: what is coarser than a patch
+        counts as its mean.
+
+        The lattice of this process is the pixel itself (coarse level 0), so that there is one
+        preconditioning for all of a patch.
+        """
+        top = self.patch_px.bit_length() - 1
+        inside = (*signal[:top], sum(signal[top:]))
+        return Octaves(inside, (), NoiseSpectrum(top, 0, 0.0))
+
+
+DenoiserConfig = PyramidConfig | PatchConfig
+
+PYRAMIDS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
         "widths": (128, 96, 64, 48, 32),
@@ -82,24 +209,40 @@ PRESETS: dict[str, dict[str, Any]] = {
         "unet_groups": 32,
     },
 }
-"""What a preset changes: `tiny` trains on two CPU cores, `brush` has the published size of 450M
-parameters.
+PATCHES: dict[str, dict[str, Any]] = {
+    "patch": {},
+    "patch-brush": {
+        "token_width": 768,
+        "unet_widths": (256, 448, 704, 960),
+        "unet_attention": 3,
+        "unet_layers": 2,
+        "unet_head_dim": 64,
+        "unet_groups": 32,
+    },
+}
+"""What a preset changes: `tiny` and `patch` train on two CPU cores, `brush` and `patch-brush` have
+the published size of 450M parameters.
 """
 
 
-def preset(name: str, *, channels: int, token_dim: int) -> PyramidConfig:
+def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
     """The configuration called `name` for images and tokens of these sizes."""
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
-    return replace(PyramidConfig(channels=channels, token_dim=token_dim), **PRESETS[name])
+    if name in PYRAMIDS:
+        return replace(PyramidConfig(channels=channels, token_dim=token_dim), **PYRAMIDS[name])
+    if name in PATCHES:
+        return replace(PatchConfig(channels=channels, token_dim=token_dim), **PATCHES[name])
+    raise ValueError(
+        f"preset {name!r} does not exist; choose one of {', '.join((*PYRAMIDS, *PATCHES))}"
+    )
 
 
-def config_from_dict(values: dict[str, Any]) -> PyramidConfig:
-    """The inverse of `dataclasses.asdict` followed by JSON."""
-    unknown = sorted(set(values) - {field.name for field in fields(PyramidConfig)})
+def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
+    """The inverse of `dataclasses.asdict` followed by JSON; only patch diffusion has patches."""
+    kind = PatchConfig if "patch_px" in values else PyramidConfig
+    unknown = sorted(set(values) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(f"the denoiser's configuration has unknown keys {unknown}")
     resolved: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
     }
-    return PyramidConfig(**resolved)
+    return kind(**resolved)

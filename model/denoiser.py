@@ -148,8 +148,8 @@ class PyramidDenoiser(nn.Module):
         device = observed.device
         looked_up = tokens.at(
             torch.arange(b, device=device),
-            self.coarse.patch_centres(h, self.config.coarse_px, device).expand(b, -1),
-            self.coarse.patch_centres(w, self.config.coarse_px, device).expand(b, -1),
+            self.coarse.patch_centres(h, self.config.cell_px, device).expand(b, -1),
+            self.coarse.patch_centres(w, self.config.cell_px, device).expand(b, -1),
         )
         observed = observed * present
         known = wiener(self.octaves, observed, log_snr) * present

@@ -1,7 +1,14 @@
 """Designs: which cells of an image one training sample draws, never more than its budget of
 values.
 
-The `zoom` design draws the whole coarse lattice (area means over cells of 32 px, say) and
+A draw is a number of chains of square windows, one window a level, level 0 (pixels) first, and a
+pure function of its key. Two leaves:
+
+The `patch` design, patch diffusion's, draws one window of 256 px a time, on the lattice of the
+tiles that were embedded, so that every patch has an embedding of its own. The draws of a region
+are a keyed walk through its patches: none comes twice before all have come once.
+
+The `zoom` design, ours, draws the whole coarse lattice (area means over cells of 32 px, say) and
 *chains*: from the lattice down to the pixel one window of w x w cells a level, each inside the
 valid interior of the one above it, around random places. A denoiser that works level by level then
 meets in training exactly the statistics it meets when every level is dense: the same cell sizes,
@@ -11,14 +18,169 @@ without one neighbour in a 7x7 kernel.
 Windows are placed from the pixel upwards. The level-0 window takes every position that touches the
 image with equal probability, so every pixel is drawn equally often (border pixels too), and each
 coarser window is placed uniformly among those whose interior holds its child. A window that sticks
-out of the image keeps its size; its outer cells are absent and say so. A draw is a pure function
-of its key.
+out of the image keeps its size; its outer cells are absent and say so.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
+
+from model.lattice import Box
+
+
+@dataclass(frozen=True)
+class Extent:
+    """An image as a design sees it.
+
+    present: which cells of the coarse lattice are wholly valid; None where all are. tiles_px:
+    corner (y, x) of the first embedded tile that lies wholly inside.
+    """
+
+    height_px: int
+    width_px: int
+    present: Bool[np.ndarray, "hl wl"] | None = None
+    tiles_px: tuple[int, int] = (0, 0)
+
+
+@runtime_checkable
+class Design(Protocol):
+    """Which cells are drawn.
+
+    window: side of a window in cells; halo: cells at its rim that are not scored. footprint_px:
+    the one size of token that conditions a draw, None where all do.
+    """
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def halo(self) -> int: ...
+
+    @property
+    def coarse_level(self) -> int: ...
+
+    @property
+    def footprint_px(self) -> int | None: ...
+
+    def shape(self, image: Extent) -> tuple[int, int]:
+        """(chains, levels) of a draw; a `ValueError` where the image or the budget is too small
+        for one.
+        """
+        ...
+
+    def num_values(self, image: Extent) -> int:
+        """Cells that one draw holds, never more than the budget."""
+        ...
+
+    def fits(self, image: Extent) -> bool:
+        """Whether this image holds anything to draw; one that does not is left out."""
+        ...
+
+    def draws_to_cover(self, image: Extent) -> int:
+        """Draws that score as many pixels as the image has."""
+        ...
+
+    def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
+        """First cells (y, x) of the windows, in cells of their level; [:, l] is level l.
+
+        key: non-negative integers (seed, region, pack) that name this draw.
+        """
+        ...
+
+    def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
+        """The pixels whose tokens condition a draw; None for all of the image."""
+        ...
+
+
+def make_design(
+    name: str, *, points: int, coarse_level: int, window: int | None, halo: int | None
+) -> Design:
+    """The design of a name; None stands for its own default."""
+    if name == "patch":
+        return PatchDesign(points, coarse_level, PatchDesign.window if window is None else window)
+    if name == "zoom":
+        return ZoomDesign(
+            points,
+            coarse_level,
+            ZoomDesign.window if window is None else window,
+            ZoomDesign.halo if halo is None else halo,
+        )
+    raise ValueError(f"design {name!r} does not exist; choose zoom or patch")
+
+
+@dataclass(frozen=True)
+class PatchDesign:
+    """One window of pixels, one of the tiles that were embedded.
+
+    points: budget of values for one image; coarse_level: of the lattice that says what is valid;
+    window: side of a patch in pixels, a multiple of the lattice's cell. A patch is drawn where at
+    least half of it is valid, or, if none is, as much of it as of the best.
+    """
+
+    points: int = 65_536
+    coarse_level: int = 5
+    window: int = 256
+    halo: int = 0
+
+    LEAST_VALID = 0.5
+
+    def __post_init__(self) -> None:
+        if self.window % (1 << self.coarse_level) or self.window**2 > self.points:
+            raise ValueError(
+                f"patches of {self.window} px must be whole coarse cells of "
+                f"{1 << self.coarse_level} px and within the budget of {self.points} values; "
+                f"ask for another --window, or for --points {self.window**2}"
+            )
+
+    @property
+    def footprint_px(self) -> int | None:
+        return self.window
+
+    def shape(self, image: Extent) -> tuple[int, int]:
+        if min(image.height_px, image.width_px) < self.window:
+            raise ValueError(
+                f"regions of {image.height_px}x{image.width_px} px hold no patch of "
+                f"{self.window} px; ingest with --region {self.window} or more"
+            )
+        return 1, 1
+
+    def num_values(self, image: Extent) -> int:
+        return self.window**2
+
+    def fits(self, image: Extent) -> bool:
+        return len(self.places(image)) > 0
+
+    def draws_to_cover(self, image: Extent) -> int:
+        return (image.height_px // self.window) * (image.width_px // self.window)
+
+    def places(self, image: Extent) -> Int64[np.ndarray, "n 2"]:
+        """Corners (y, x) of the patches that are drawn, row by row."""
+        rows, columns = (
+            np.arange(first, extent - self.window + 1, self.window)
+            for first, extent in zip(
+                image.tiles_px, (image.height_px, image.width_px), strict=True
+            )
+        )
+        corners = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+        if image.present is None or len(corners) == 0:
+            return corners.astype(np.int64)
+        cell = 1 << self.coarse_level
+        cells = np.arange(self.window // cell)
+        ys, xs = (corners[:, axis, None] // cell + cells for axis in (0, 1))
+        valid = image.present[ys[:, :, None], xs[:, None, :]].mean(axis=(1, 2))
+        return corners[valid >= min(self.LEAST_VALID, valid.max())].astype(np.int64)
+
+    def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
+        places = self.places(image)
+        walk, step = divmod(key[-1], len(places))
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((*key[:-1], walk))))
+        return places[random.permutation(len(places))[step]][None, None]
+
+    def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
+        y, x = origins[0, 0].tolist()
+        return Box(0, y, x, self.window, self.window)
 
 
 @dataclass(frozen=True)
@@ -44,39 +206,40 @@ class ZoomDesign:
                 f"it must be even and at least {4 * self.halo + 4} cells"
             )
 
-    def chains(self, height_px: int, width_px: int) -> int:
-        """Chains that the budget leaves for an image of this size, at least one."""
-        lattice = (height_px >> self.coarse_level) * (width_px >> self.coarse_level)
+    @property
+    def footprint_px(self) -> int | None:
+        return None
+
+    def shape(self, image: Extent) -> tuple[int, int]:
+        lattice = self._lattice(image)
         number = (self.points - lattice) // (self.coarse_level * self.window**2)
         if number < 1:
             raise ValueError(
                 f"{self.points} points cannot hold the {lattice} lattice cells of a "
-                f"{height_px}x{width_px} "
+                f"{image.height_px}x{image.width_px} "
                 f"region and one chain of {self.coarse_level} windows of "
                 f"{self.window}x{self.window}; "
                 f"ask for --points {lattice + self.coarse_level * self.window**2} or more"
             )
-        return number
+        return number, self.coarse_level
 
-    def num_values(self, height_px: int, width_px: int) -> int:
-        """Cells that one draw holds, lattice included; at most `points`."""
-        lattice = (height_px >> self.coarse_level) * (width_px >> self.coarse_level)
-        return lattice + self.chains(height_px, width_px) * self.coarse_level * self.window**2
+    def num_values(self, image: Extent) -> int:
+        chains, levels = self.shape(image)
+        return self._lattice(image) + chains * levels * self.window**2
 
-    def draw(
-        self, height_px: int, width_px: int, key: tuple[int, ...]
-    ) -> Int64[np.ndarray, "chains levels 2"]:
-        """First cells (y, x) of the windows, in cells of their level; [:, l] is level l.
+    def fits(self, image: Extent) -> bool:
+        return True
 
-        Args:
-            height_px, width_px: size of the image.
-            key: non-negative integers, e.g. (seed, region, pack), that name this draw.
-        """
+    def draws_to_cover(self, image: Extent) -> int:
+        scored = self.shape(image)[0] * (self.window - 2 * self.halo) ** 2
+        return -(-(image.height_px * image.width_px) // scored)
+
+    def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-        number = self.chains(height_px, width_px)
+        number, _ = self.shape(image)
         origins = np.empty((number, self.coarse_level, 2), dtype=np.int64)
         half = self.window // 2
-        for axis, extent in enumerate((height_px, width_px)):
+        for axis, extent in enumerate((image.height_px, image.width_px)):
             child = random.integers(1 - half, extent // 2, size=number)
             origins[:, 0, axis] = 2 * child
             for level in range(1, self.coarse_level):
@@ -86,3 +249,9 @@ class ZoomDesign:
                 child = random.integers(first_even, high // 2 + 1, size=number)
                 origins[:, level, axis] = 2 * child
         return origins
+
+    def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
+        return None
+
+    def _lattice(self, image: Extent) -> int:
+        return (image.height_px >> self.coarse_level) * (image.width_px >> self.coarse_level)

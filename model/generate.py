@@ -68,6 +68,21 @@ class ArrayField:
         self.array[:, box.y : box.y + box.height, box.x : box.x + box.width] = values.cpu().numpy()
 
 
+@runtime_checkable
+class Estimator(Protocol):
+    """A denoiser and a condition, evaluated over fields; leaves: `Painter`,
+    `baselines.PatchPainter`.
+    """
+
+    def estimate(
+        self, field: Field, log_snr: float
+    ) -> Iterator[tuple[Box, Float[Tensor, "c h w"], Float[Tensor, "c h w"]]]:
+        """(box, u_t, x0_hat) of boxes that partition the field, which must not change
+        meanwhile.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Painter:
     """A denoiser with a condition, ready to be evaluated over fields.
@@ -260,7 +275,7 @@ class Trajectory:
 
 
 def advance(
-    painter: Painter,
+    painter: Estimator,
     solver: Solver,
     step: Step,
     state: Trajectory,
@@ -283,7 +298,7 @@ def advance(
 
 
 def finish(
-    painter: Painter,
+    painter: Estimator,
     log_snr: float,
     state: Trajectory,
     report: Callable[[int], None] = lambda cells: None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention import Condition
 from model.denoiser import Layer, PyramidDenoiser, crop
@@ -21,8 +21,7 @@ from model.noise import NoiseTree
 
 @dataclass(frozen=True)
 class Draw:
-    """Standardised area means of a batch of images at the cells of a `zoom` draw, zero where
-    absent.
+    """Standardised area means of a batch of images at the cells of a draw, zero where absent.
 
     windows[:, :, l] and origins[:, :, l] belong to level l, 0 <= l < coarse level; origins are (y,
     x) in cells of it.
@@ -75,6 +74,33 @@ def draw_noise(tree: NoiseTree, seeds: Int64[Tensor, " b"], draw: Draw) -> DrawN
     return DrawNoise(lattice, windows[::-1])
 
 
+class PyramidObjective(nn.Module):
+    """Losses of a batch at every level, as a module that DeepSpeed can wrap.
+
+    The log-SNR is uniform over the range in which every octave goes from drowned to clean.
+    """
+
+    def __init__(self, denoiser: PyramidDenoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
+        self.low, self.high = denoiser.octaves.log_snr_range()
+
+    def forward(
+        self,
+        draw: Draw,
+        condition: Condition,
+        seeds: Int64[Tensor, " b"],
+        uniform: Float[Tensor, " b"],
+    ) -> Float[Tensor, " levels"]:
+        """`seeds` name the noise fields; `uniform` in [0, 1) is the noise level's place in its
+        range.
+        """
+        noise = draw_noise(self.tree, seeds, draw)
+        log_snr = self.low + (self.high - self.low) * uniform
+        return level_losses(self.denoiser, draw, noise, log_snr, condition)
+
+
 def level_losses(
     denoiser: PyramidDenoiser,
     draw: Draw,
@@ -95,7 +121,7 @@ def level_losses(
     observed = (draw.lattice + sigma * noise.lattice) * present
     descent = denoiser.lattice(observed, present, log_snr, tokens)
     target = denoiser.correction_target(levels, draw.lattice, descent.known, log_snr)
-    losses = [_mean_square(descent.correction - target, present, float(present.numel()))]
+    losses = [mean_square(descent.correction - target, present, float(present.numel()))]
 
     image = torch.arange(b, device=device).repeat_interleave(chains)
     sigma, log_snr = sigma[image], log_snr[image]
@@ -112,12 +138,12 @@ def level_losses(
         )
         target = denoiser.correction_target(level, truth, descent.known, log_snr)
         most = len(present) * float(interior.sum())
-        losses.append(_mean_square(descent.correction - target, present * interior, most))
+        losses.append(mean_square(descent.correction - target, present * interior, most))
         index, corner = torch.arange(b * chains, device=device), origins
     return torch.stack(losses[::-1])
 
 
-def _mean_square(
+def mean_square(
     error: Float[Tensor, "n h w c"],
     weight: Float[Tensor, "n h w 1"],
     most: float,

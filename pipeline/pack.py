@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 import webdataset
 
-from model.design import ZoomDesign
+from model.design import Design, Extent, make_design
 from pipeline import console
 from pipeline.draws import Energy, Moments, RegionLevels
 from pipeline.packfile import (
@@ -27,6 +27,7 @@ from pipeline.packfile import (
     PackSettings,
     PackStatistics,
     RegionEntry,
+    extent_of,
     index_content,
 )
 from pipeline.store import Region, Store
@@ -52,11 +53,12 @@ class Pack:
     size_gb: float = 4.0
     """Most that auto may write, in GB."""
     design: str = "zoom"
-    """Which cells are drawn; zoom is the coarse lattice and chains of nested windows."""
-    window: int = 48
-    """Side of a window in cells."""
-    halo: int = 6
-    """Cells at a window's rim that are not scored; at least the denoiser's halo."""
+    """Which cells are drawn; zoom is the coarse lattice and chains of nested windows, patch (for
+    --preset patch of jobs.train) one embedded tile of pixels a draw."""
+    window: int | None = None
+    """Side of a window in cells; by default 48 for zoom and 256 for patch."""
+    halo: int | None = None
+    """Cells at a window's rim that are not scored; for zoom at least the denoiser's halo, 6."""
     coarse_level: int = 5
     """Level of the coarse lattice: cells of 2^level pixels."""
     seed: int = 0
@@ -81,32 +83,39 @@ class Plan:
 
 def make_plan(options: Pack) -> Plan:
     """Resolve the options against the store."""
-    if options.design != "zoom":
-        raise ValueError(f"design {options.design!r} does not exist; choose zoom")
+    design = make_design(
+        options.design,
+        points=options.points,
+        coarse_level=options.coarse_level,
+        window=options.window,
+        halo=options.halo,
+    )
     store = Store.open(options.store)
     regions = store.regions()
     if not regions:
         raise ValueError(f"{options.store} has no regions; ingest it with a smaller --region")
-    if not any(region.split == "train" for region in regions):
-        raise ValueError(
-            f"none of the {len(regions)} regions of {options.store} is in the train split; "
-            "ingest with a split that leaves some to learn from"
-        )
     side = store.spec.region
-    design = ZoomDesign(options.points, options.coarse_level, options.window, options.halo)
     if side % (1 << options.coarse_level):
         raise ValueError(
             f"regions of {side} px do not divide into coarse cells of "
             f"{1 << options.coarse_level} px; "
             "ingest with a --region that does"
         )
+    extent = Extent(side, side)
+    chains, levels = design.shape(extent)
     key = store.resolve_encoder(options.encoder)
-    lattices, token_values = _common_lattices(store, key, regions)
+    regions, lattices, token_values = _drawable(store, key, regions, design)
+    if not any(region.split == "train" for region in regions):
+        raise ValueError(
+            f"none of the {len(regions)} regions of {options.store} that hold a draw is in the "
+            "train split; ingest with a split that leaves some to learn from"
+        )
     channels = len(store.spec.bands)
-    pack_bytes = 2 * channels * design.chains(side, side) * design.coarse_level * design.window**2
+    pack_bytes = 2 * channels * chains * levels * design.window**2
     lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
     fixed_bytes = 2 * token_values + lattice_bytes + 4096
-    packs = _packs_per_region(options, design, side, len(regions), pack_bytes, fixed_bytes)
+    wanted = design.draws_to_cover(extent)
+    packs = _packs_per_region(options, wanted, len(regions), pack_bytes, fixed_bytes)
     settings = PackSettings(
         store=str(options.store),
         store_fingerprint=store.fingerprint(),
@@ -115,8 +124,8 @@ def make_plan(options: Pack) -> Plan:
         design=options.design,
         points=options.points,
         coarse_level=options.coarse_level,
-        window=options.window,
-        halo=options.halo,
+        window=design.window,
+        halo=design.halo,
         packs_per_region=packs,
         seed=options.seed,
         side_px=side,
@@ -129,7 +138,7 @@ def make_plan(options: Pack) -> Plan:
 
 
 def _packs_per_region(
-    options: Pack, design: ZoomDesign, side: int, regions: int, pack_bytes: int, fixed_bytes: int
+    options: Pack, wanted: int, regions: int, pack_bytes: int, fixed_bytes: int
 ) -> int:
     if options.packs_per_region != "auto":
         if not options.packs_per_region.isdecimal() or int(options.packs_per_region) < 1:
@@ -138,33 +147,42 @@ def _packs_per_region(
                 f"{options.packs_per_region!r}"
             )
         return int(options.packs_per_region)
-    scored = design.chains(side, side) * (design.window - 2 * design.halo) ** 2
     within = int((options.size_gb * 1e9 / regions - fixed_bytes) // pack_bytes)
-    return max(min(-(-(side**2) // scored), within), 1)
+    return max(min(wanted, within), 1)
 
 
-def _common_lattices(
-    store: Store, key: str, regions: Sequence[Region]
-) -> tuple[tuple[tuple[int, int, int], ...], int]:
-    """The token lattices that every region has, finest first, and how many values they hold."""
+def _drawable(
+    store: Store, key: str, regions: Sequence[Region], design: Design
+) -> tuple[list[Region], tuple[tuple[int, int, int], ...], int]:
+    """The regions that hold something to draw, the token lattices that condition the design and
+    that all of these have, finest first, and how many values they hold.
+    """
+    kept: list[Region] = []
     common: dict[int, tuple[int, int]] | None = None
     dim = 0
     for region in regions:
-        found = {}
+        found, fits = {}, True
         for lattice in store.region_tokens(key, region):
-            if lattice.footprint_px <= region.side:
-                found[lattice.footprint_px] = lattice.values.shape[:2]
+            footprint = lattice.footprint_px
+            if footprint <= region.side and design.footprint_px in (None, footprint):
+                found[footprint] = lattice.values.shape[:2]
                 dim = lattice.values.shape[2]
-        common = (
-            found if common is None else {f: g for f, g in common.items() if found.get(f) == g}
-        )
+                first = (lattice.y_px, lattice.x_px)
+                fits &= design.fits(extent_of(region.side, footprint, first))
+        if fits:
+            kept.append(region)
+            common = (
+                found if common is None else {f: g for f, g in common.items() if found.get(f) == g}
+            )
     if not common:
+        wanted = design.footprint_px
         raise ValueError(
             f"no footprint of encoder {key} covers every region of {store.path} alike; "
             "embed with a --footprint that divides the regions' side and stride"
+            + (f": patches of {wanted} px need --footprint {wanted}" if wanted else "")
         )
     lattices = tuple((f, int(gy), int(gx)) for f, (gy, gx) in sorted(common.items()))
-    return lattices, dim * sum(gy * gx for _, gy, gx in lattices)
+    return kept, lattices, dim * sum(gy * gx for _, gy, gx in lattices)
 
 
 def pack(options: Pack) -> int:
@@ -172,14 +190,13 @@ def pack(options: Pack) -> int:
     plan = make_plan(options)
     settings = plan.settings
     total = plan.region_bytes * len(plan.regions)
-    design = settings.zoom()
+    design, extent = settings.make_design(), Extent(settings.side_px, settings.side_px)
+    chains, levels = design.shape(extent)
     console.say(
         f"pack: {len(plan.regions)} regions of {settings.side_px} px, "
-        f"{settings.packs_per_region} draws each, "
-        f"{design.num_values(settings.side_px, settings.side_px)} values a draw "
-        f"({design.chains(settings.side_px, settings.side_px)} chains of {settings.coarse_level} "
-        "windows of "
-        f"{settings.window}x{settings.window}), tokens of {settings.encoder_key} at "
+        f"{settings.packs_per_region} draws each, {design.num_values(extent)} values a draw "
+        f"({chains * levels} windows of {design.window}x{design.window}), "
+        f"tokens of {settings.encoder_key} at "
         f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {total / 1e9:.2f} GB in "
         f"{len(plan.shards)} shards"
     )
@@ -268,18 +285,21 @@ def _sample(
         key=lambda lattice: lattice.footprint_px,
     )
     tokens = np.concatenate([t.values.reshape(-1, t.values.shape[2]) for t in lattices])
+    coarse = levels.lattice(settings.value_scale)
+    first_px = [(t.y_px, t.x_px) for t in lattices]
     sample: dict[str, Any] = {
         "__key__": f"{region.index:09d}",
         "json": json.dumps(asdict(region)).encode(),
         "tokens.npy": _npy(tokens),
-        "coarse.npy": _npy(levels.lattice(settings.value_scale)),
+        "coarse.npy": _npy(coarse),
     }
-    design = settings.zoom()
+    design = settings.make_design()
+    extent = extent_of(side, lattices[0].footprint_px, first_px[0], coarse)
     for number in range(settings.packs_per_region):
-        origins = design.draw(side, side, (settings.seed, region.index, number))
-        windows = levels.windows(origins, settings.window, settings.value_scale)
+        origins = design.draw(extent, (settings.seed, region.index, number))
+        windows = levels.windows(origins, design.window, settings.value_scale)
         sample[_pack_name(number)] = windows.tobytes()
-    return sample, [(t.y_px, t.x_px) for t in lattices], _measure(levels, tokens)
+    return sample, first_px, _measure(levels, tokens)
 
 
 def _npy(array: np.ndarray) -> bytes:

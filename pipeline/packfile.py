@@ -8,20 +8,21 @@ index.
 
 Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
 are kept to 1/256 of a grey level. 65,535 marks a cell that is absent: outside the image, or not
-wholly valid. Where windows lie is not stored: it follows from the design and the key (seed,
-region, pack).
+wholly valid. Where windows lie is not stored: it follows from the design, the lattice's valid
+cells, the tokens' places and the key (seed, region, pack).
 """
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt16
+from jaxtyping import Float32, Int64, UInt16
 
-from model.design import ZoomDesign
+from model.design import Design, Extent, make_design
 from pipeline.embeddings import TokenLattice
 
 ABSENT = 65_535
@@ -54,8 +55,14 @@ class PackSettings:
     bands: tuple[str, ...]
     dtype: str
 
-    def zoom(self) -> ZoomDesign:
-        return ZoomDesign(self.points, self.coarse_level, self.window, self.halo)
+    def make_design(self) -> Design:
+        return make_design(
+            self.design,
+            points=self.points,
+            coarse_level=self.coarse_level,
+            window=self.window,
+            halo=self.halo,
+        )
 
     @property
     def value_scale(self) -> int:
@@ -108,6 +115,29 @@ class RegionEntry:
     offsets: tuple[tuple[int, int], ...]
 
 
+def extent_of(
+    side_px: int,
+    footprint_px: int,
+    first_token_px: Sequence[float],
+    lattice: UInt16[np.ndarray, "hl wl c"] | None = None,
+) -> Extent:
+    """A region as designs see it: its fixed-point lattice, once there is one, says what is valid,
+    the centre (y, x) of its first token where embedded tiles begin.
+    """
+    y, x = (int(centre - footprint_px / 2) % footprint_px for centre in first_token_px)
+    present = None if lattice is None else lattice[..., 0] != ABSENT
+    return Extent(side_px, side_px, present, (y, x))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One draw of a region: fixed-point values, and where its windows lie."""
+
+    lattice: UInt16[np.ndarray, "hl wl c"]
+    windows: UInt16[np.ndarray, "chains levels w w c"]
+    origins: Int64[np.ndarray, "chains levels 2"]
+
+
 class PackSet:
     """A folder of packs, opened for reading; safe to open in many processes."""
 
@@ -124,13 +154,7 @@ class PackSet:
             statistics,
             regions,
         )
-        self.shape = (
-            settings.zoom().chains(settings.side_px, settings.side_px),
-            settings.coarse_level,
-            settings.window,
-            settings.window,
-            len(settings.bands),
-        )
+        self.design = settings.make_design()
 
     @classmethod
     def open(cls, path: Path) -> "PackSet":
@@ -164,9 +188,15 @@ class PackSet:
         """The coarse lattice of a region, fixed point."""
         return np.load(io.BytesIO(self._range(entry, 1)))
 
-    def windows(self, entry: RegionEntry, pack: int) -> UInt16[np.ndarray, "chains levels w w c"]:
-        """The windows of one draw, fixed point."""
-        return np.frombuffer(self._range(entry, 2 + pack), np.uint16).reshape(self.shape)
+    def draw(self, entry: RegionEntry, pack: int) -> Drawn:
+        """One draw; where its windows lie is computed again."""
+        settings, lattice = self.settings, self.lattice(entry)
+        extent = extent_of(settings.side_px, settings.lattices[0][0], entry.first_px[0], lattice)
+        origins = self.design.draw(extent, (settings.seed, entry.key, pack))
+        window = self.design.window
+        values = np.frombuffer(self._range(entry, 2 + pack), np.uint16)
+        shape = (*origins.shape[:2], window, window, len(settings.bands))
+        return Drawn(lattice, values.reshape(shape), origins)
 
     def _range(self, entry: RegionEntry, member: int) -> bytes:
         start, length = entry.offsets[member]

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.attention import Condition
 from model.config import PyramidConfig
 from model.denoiser import PyramidDenoiser, crop
-from model.design import ZoomDesign
+from model.design import Extent, ZoomDesign
 from model.haar import parent_means
 from model.noise import NoiseSpectrum
 from model.objective import Draw
@@ -80,7 +80,7 @@ def draw_of(image: Float[Tensor, "b h w c"], design: ZoomDesign, seed: int = 0) 
     """The cells that `design` draws of images whose every cell is valid."""
     b, h, w, _ = image.shape
     levels = levels_of(image, design.coarse_level)
-    origins = torch.from_numpy(np.stack([design.draw(h, w, (seed, i)) for i in range(b)]))
+    origins = torch.from_numpy(np.stack([design.draw(Extent(h, w), (seed, i)) for i in range(b)]))
     index = torch.arange(b).repeat_interleave(origins.shape[1])
     side = (design.window, design.window)
 

@@ -60,8 +60,8 @@ def test_a_turned_sample_is_the_sample_of_the_turned_region(chain: Chain, elemen
     packs, store = PackSet.open(chain.packs), Store.open(chain.store)
     entry, settings = packs.regions[0], packs.settings
     pixels = store.image(entry.image).read(entry.y, entry.x, 256, 256)
-    origins = settings.zoom().draw(256, 256, (settings.seed, entry.key, 0))
-    sample = Sample(packs.lattice(entry), packs.windows(entry, 0), origins, packs.tokens(entry))
+    drawn = packs.draw(entry, 0)
+    sample = Sample(drawn.lattice, drawn.windows, drawn.origins, packs.tokens(entry))
     turned = turn(sample, element, 256)
     image = pixels
     if element & 4:

@@ -35,8 +35,8 @@ def test_packs_hold_area_means_of_the_stores_pixels(chain: Chain) -> None:
             expected = cell_mean(pixels, 5, y, x)
             assert abs(lattice[y, x] / settings.value_scale - expected).max() <= 1 / 512
         for pack in range(settings.packs_per_region):
-            windows = packs.windows(entry, pack)
-            origins = settings.zoom().draw(256, 256, (settings.seed, entry.key, pack))
+            drawn = packs.draw(entry, pack)
+            windows, origins = drawn.windows, drawn.origins
             for _ in range(100):
                 chain_, level, i, j = (int(random.integers(n)) for n in windows.shape[:4])
                 y, x = origins[chain_, level] + (i, j)
@@ -70,7 +70,7 @@ def test_any_webdataset_reader_can_stream_a_shard(chain: Chain) -> None:
     assert sorted(samples) == [entry.key for entry in packs.regions]
     for entry in packs.regions:
         bytes_of_pack = samples[entry.key]["p01.bin"]
-        assert bytes_of_pack == packs.windows(entry, 1).tobytes()
+        assert bytes_of_pack == packs.draw(entry, 1).windows.tobytes()
         assert json.loads(samples[entry.key]["json"])["image"] == entry.image
 
 

@@ -13,17 +13,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from jobs.data import Batch
-from jobs.engine import Objective
 from jobs.run import commit
 from model.attention import Condition
 from model.config import preset
 from model.denoiser import PyramidDenoiser
-from model.design import ZoomDesign
+from model.design import Extent, ZoomDesign
 from model.generate import ArrayField, Painter
 from model.lattice import Box
 from model.noise import NoiseSpectrum, NoiseTree
-from model.objective import Draw
+from model.objective import Draw, PyramidObjective
 from model.process import Octaves
 
 REPEATS = 5
@@ -90,9 +88,10 @@ def test_a_training_step_is_flat_in_the_side_of_the_image() -> None:
     """Loss, gradients and noise of one draw of 65,536 values; the same budget at every side."""
     rows, first = [], None
     for side in (1024, 2048, 4096):
-        objective, design = Objective(tiny()), ZoomDesign()
-        chains, cells = design.chains(side, side), side // 32
-        origins = torch.from_numpy(design.draw(side, side, (0,)))[None]
+        objective, design = PyramidObjective(tiny()), ZoomDesign()
+        image = Extent(side, side)
+        chains, cells = design.shape(image)[0], side // 32
+        origins = torch.from_numpy(design.draw(image, (0,)))[None]
         draw = Draw(
             torch.randn(1, cells, cells, 3),
             torch.ones(1, cells, cells, 1, dtype=torch.bool),
@@ -100,14 +99,14 @@ def test_a_training_step_is_flat_in_the_side_of_the_image() -> None:
             torch.ones(1, chains, 5, 48, 48, 1, dtype=torch.bool),
             origins,
         )
-        batch = Batch(draw, tokens(1, side), torch.tensor([0]), torch.tensor([0.5]))
+        batch = (draw, tokens(1, side), torch.tensor([0]), torch.tensor([0.5]))
 
-        def work(objective: Objective = objective, batch: Batch = batch) -> None:
-            objective(batch).sum().backward()
+        def work(objective=objective, batch=batch) -> None:  # type: ignore[no-untyped-def]
+            objective(*batch).sum().backward()
 
         cost = seconds(work)
         first = first or cost
-        values = design.num_values(side, side)
+        values = design.num_values(image)
         rows.append(
             (f"{side}² px", f"{cost / first:.2f} × 1024² ({cost:.2f} s for {values} values)")
         )

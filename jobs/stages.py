@@ -1,0 +1,71 @@
+"""Stages of a chain of commands, each run once.
+
+What a stage finished is recorded with its command, so that the same chain after a kill goes on in
+the middle of the stage it was in, one that is done repeats nothing, and a stage whose command has
+changed is run again with all that follow it.
+"""
+
+import importlib
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import console
+
+
+class Progress:
+    """Which stages are done, with the commands that did them."""
+
+    def __init__(self, file: Path, prog: str) -> None:
+        self.file, self.prog = file, prog
+        self.done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def run(self, module: str, arguments: Sequence[str], name: str | None = None) -> int:
+        """Run a command unless it is done; returns its exit code, 0 or 3.
+
+        `name` tells two runs of one module apart. Stages are imported one by one: Dask's workers
+        import this module again, without torch.
+        """
+        name = name or module
+        command = [module, *arguments]
+        if self.is_done(name, arguments, module):
+            recorded = self.done[name]
+            console.say(f"{self.prog}: {name} is already done ({recorded['seconds']:.0f} s)")
+            return int(recorded["code"])
+        console.say(f"\n$ python -m {shlex.join(command)}")
+        self.forget_after(name)
+        started = time.monotonic()
+        code = int(importlib.import_module(module).main(arguments))
+        if code not in (console.EXIT_DONE, console.EXIT_PARTIAL):
+            raise ValueError(f"{name} ended with exit code {code}; its message stands above")
+        seconds = round(time.monotonic() - started, 1)
+        order = sum(isinstance(record, dict) for record in self.done.values())
+        self.done[name] = {"command": command, "code": code, "seconds": seconds, "order": order}
+        console.write_json_atomic(self.file, self.done)
+        return code
+
+    def is_done(self, name: str, arguments: Sequence[str], module: str | None = None) -> bool:
+        """Whether this very command has ended."""
+        recorded = self.done.get(name)
+        return recorded is not None and recorded["command"] == [module or name, *arguments]
+
+    def claim(self, name: str, value: Any) -> None:
+        """Record what all is made from; refuse a folder made from something else."""
+        if self.done.setdefault(name, value) != value:
+            raise ValueError(
+                f"{self.file.parent} holds a {self.prog} of {name} "
+                f"{self.done[name] or 'of its own'}, this command asks for "
+                f"{value or 'its own'}; choose another --out (make: OUT=...)"
+            )
+
+    def forget_after(self, name: str) -> None:
+        """A stage that is run again is followed by all later ones."""
+        recorded = self.done.pop(name, None)
+        if recorded is not None:
+            stages = {k: v for k, v in self.done.items() if isinstance(v, dict)}
+            for stage in stages:
+                if stages[stage]["order"] > recorded["order"]:
+                    del self.done[stage]

@@ -1,0 +1,50 @@
+"""The two kinds of denoiser behind one seam: ours and its opponent, patch diffusion.
+
+A kind is a configuration, a denoiser, an objective to train it and a painter to evaluate it over
+fields. Training and sampling meet them only here; everything else (batches, noise, engine,
+solvers, fields) is one code for both.
+"""
+
+from model.attention import Condition
+from model.baselines import PatchDenoiser, PatchObjective, PatchPainter
+from model.config import PUBLISHED_OVERLAP, DenoiserConfig, PyramidConfig
+from model.denoiser import PyramidDenoiser
+from model.generate import Painter
+from model.objective import PyramidObjective
+from model.process import Octaves
+
+Denoiser = PyramidDenoiser | PatchDenoiser
+Objective = PyramidObjective | PatchObjective
+
+
+def make_denoiser(config: DenoiserConfig, octaves: Octaves) -> Denoiser:
+    """The untrained denoiser of a configuration."""
+    if isinstance(config, PyramidConfig):
+        return PyramidDenoiser(config, octaves)
+    return PatchDenoiser(config, octaves)
+
+
+def make_objective(denoiser: Denoiser) -> Objective:
+    """What trains a denoiser: losses of a batch, fine to coarse."""
+    if isinstance(denoiser, PyramidDenoiser):
+        return PyramidObjective(denoiser)
+    return PatchObjective(denoiser)
+
+
+def make_painter(
+    denoiser: Denoiser,
+    condition: Condition,
+    *,
+    guidance: float,
+    tile: int,
+    level: int,
+    overlap: float | None = None,
+) -> Painter | PatchPainter:
+    """A denoiser with a condition, ready to be evaluated over fields of `level`.
+
+    overlap: of the windows of patch diffusion, where it is not the published one.
+    """
+    if isinstance(denoiser, PyramidDenoiser):
+        return Painter(denoiser, condition, guidance, tile, level)
+    window = PUBLISHED_OVERLAP if overlap is None else overlap
+    return PatchPainter(denoiser, condition, guidance, tile, window)
