@@ -213,7 +213,7 @@ def keyed(items: list[Any], seed: int) -> list[Any]:
 class Groups:
     """A partition of crops by their numbers, and how it was made."""
 
-    members: list[Int64[np.ndarray, " n"]]
+    members: list[Int64[np.ndarray, " _"]]
     how: str
 
 
@@ -237,7 +237,9 @@ def _partition(keys: Sequence[tuple[Any, ...]], what: str) -> Groups:
     groups: list[list[int]] = [[] for _ in range(min(len(number), MAX_GROUPS))]
     for i, key in enumerate(keys):
         groups[number[key]].append(i)
-    return Groups([np.array(members) for members in groups], f"{len(groups)} groups of {what}")
+    return Groups(
+        [np.array(members, np.int64) for members in groups], f"{len(groups)} groups of {what}"
+    )
 
 
 def disjoint_draws(
@@ -253,4 +255,4 @@ def disjoint_draws(
     for indices in keyed(groups.members, seed):
         fits = len(first) < size and len(first) + len(indices) <= max(total - size, 1)
         (first if fits else second).extend(indices.tolist())
-    return np.array(first[:size]), np.array(second)
+    return np.array(first[:size], np.int64), np.array(second, np.int64)

@@ -13,7 +13,7 @@ it is the last resort, and labelled. Nothing is ever fetched from a network.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from jobs.published import (
 from pipeline.store import Store
 
 
+@runtime_checkable
 class FeatureSpace(Protocol):
     """One vector per crop. `key` is different whenever the vectors would differ; `label` is a
     sentence for the reader; `conditions_images` says that the same network conditions them.
@@ -134,7 +135,7 @@ def load_encoder_space(
 
 
 def store_encoder(store: Store, key: str, device: torch.device) -> NetworkEncoder:
-    """The encoder that embedded the store under `key`, found by the names it is registered with."""
+    """The encoder that embedded the store under `key`, by the names it is registered with."""
     attributes = store.encoder_attributes(key)
     for name in sorted(attributes["names"], key=lambda name: not Path(name).is_absolute()):
         if Path(name).is_absolute() and not Path(name).is_dir():

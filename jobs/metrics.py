@@ -13,7 +13,9 @@ Intervals. Resampling with replacement repeats vectors, which biases both number
 comes from leaving out: the delete-m_j jackknife (Busing, Meijer and van der Leeden, 1999) over
 groups of unequal size, on either side, with Student's t at the Welch-Satterthwaite degrees of
 freedom. The interval is of the value *at these numbers of crops* (its mean over such draws), not
-of the distance between infinite sets; what a perfect model would score there is the floor.
+of the distance between infinite sets; what a perfect model would score there is the floor. It is
+near nominal where the sets differ, and too wide, by up to the root of 2, where they hardly do or
+where there are fewer vectors than dimensions: the jackknife counts second-order terms twice.
 
 Layout. An image and the regions of a store are reduced to thumbnails, where only the layout is
 left, and compared.
@@ -35,7 +37,7 @@ THUMBNAIL_PX = 64
 CONFIDENCE = 0.95
 KERNEL_ROWS = 1024
 
-Features = Float[np.ndarray, "n d"]
+Features = Float[np.ndarray, "_ d"]
 
 
 @dataclass(frozen=True)
