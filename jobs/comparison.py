@@ -18,9 +18,8 @@ from jobs.metrics import (
     Features,
     KernelSums,
     LayoutMatch,
-    Moments,
     crop_fid,
-    frechet_distance,
+    frechet_between,
     kid,
     layout_distances,
     region_thumbnails,
@@ -48,14 +47,10 @@ def distances(
     pairs = [(real[first], real[second]) for first, second in draws]
     found = {}
     if "crop_fid" in wanted:
-        found["crop_fid"] = _with_floor(crop_fid(a, b), _frechet, pairs)
+        found["crop_fid"] = _with_floor(crop_fid(a, b), frechet_between, pairs)
     if "kid" in wanted:
         found["kid"] = _with_floor(kid(a, b), _kid, pairs)
     return found
-
-
-def _frechet(a: Features, b: Features) -> float:
-    return frechet_distance(Moments.of(a), Moments.of(b))
 
 
 def _kid(a: Features, b: Features) -> float:

@@ -1,7 +1,8 @@
 """Whether what was painted says to the encoder what its condition said.
 
 A painted image is embedded as `conditioning.embed` would: at the finest footprint of its
-condition, tile by tile, each tile under the token that conditioned it. The cosine of the two
+condition, tile by tile, each tile under the token that conditioned it, read from the same level of
+the pyramid as the real one was (a smaller image may lack it, so it is made here). The cosine of the two
 vectors, averaged over tokens, is 1 where the painting repeats its condition to the letter. Vectors
 of one encoder may be alike for any two tiles, so the mean cosine of all pairs that do not belong
 together is the floor.
@@ -20,7 +21,7 @@ from conditioning.tokens import fit
 from jobs.crops import Painted
 from jobs.run import Run
 from pipeline.embeddings import TokenLattice
-from pipeline.ome import OmeImage
+from pipeline.ome import OmeImage, halve
 from pipeline.store import Store
 
 BATCH = 64
@@ -98,7 +99,9 @@ def cosines(
             failures[item.name] = f"{store.path} no longer holds the tokens that conditioned it"
             continue
         (fitted,) = fit([lattice], *item.image.shape[1:])
-        for pixels, values in _batches(item.image, fitted, encoder.input_px):
+        level = tile_level(store.image(item.region.image), lattice.footprint_px, encoder.input_px)
+        for pixels, values in _batches(item.image, fitted, level):
+            pixels = resize_tiles(pixels, encoder.input_px)
             vectors = encoder.encode(pixels).numpy().astype(np.float64)
             part = Cosines.of(vectors, values)
             total = part if total is None else total + part
@@ -106,32 +109,25 @@ def cosines(
 
 
 def _batches(
-    image: OmeImage, lattice: TokenLattice, side_px: int
+    image: OmeImage, lattice: TokenLattice, level: int
 ) -> Iterator[tuple[Tiles, Float64[np.ndarray, "n d"]]]:
-    """Tiles of an image at `side_px` and the tokens over them; only tiles wholly inside."""
+    """Tiles of an image at a level and the tokens over them; only tiles wholly inside."""
     footprint, (_, height, width) = lattice.footprint_px, image.shape
     top, left = (round(first - footprint / 2) for first in (lattice.y_px, lattice.x_px))
-    level = tile_level(image, footprint, side_px)
-    while top % 2**level or left % 2**level:
-        level -= 1
     places = [
         (row, column)
         for row, column in np.ndindex(lattice.values.shape[:2])
         if 0 <= top + row * footprint <= height - footprint
         and 0 <= left + column * footprint <= width - footprint
     ]
-    extent = footprint >> level
     for start in range(0, len(places), BATCH):
-        batch = places[start : start + BATCH]
-        tiles = [
-            image.read(
-                (top + row * footprint) >> level,
-                (left + column * footprint) >> level,
-                extent,
-                extent,
-                level,
+        batch, tiles = places[start : start + BATCH], []
+        for row, column in batch:
+            tile = image.read(
+                top + row * footprint, left + column * footprint, footprint, footprint
             )
-            for row, column in batch
-        ]
+            for _ in range(level):
+                tile = halve(tile)
+            tiles.append(tile)
         values = np.stack([lattice.values[place] for place in batch]).astype(np.float64)
-        yield resize_tiles(np.stack(tiles), side_px), values
+        yield np.stack(tiles), values

@@ -94,6 +94,28 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(float(np.square(a.mean - b.mean).sum() + traces - 2 * roots), 0.0)
 
 
+def frechet_between(a: Features, b: Features) -> float:
+    """The squared Fréchet distance of the Gaussians fitted to two sets of vectors."""
+    (a,), (b,) = _within_span([a], [b])
+    return frechet_distance(Moments.of(a), Moments.of(b))
+
+
+def _within_span(
+    a: Sequence[Features], b: Sequence[Features]
+) -> tuple[Sequence[Float[np.ndarray, "_ r"]], Sequence[Float[np.ndarray, "_ r"]]]:
+    """The groups of two sets, turned into the space that their few vectors span.
+
+    It has no more dimensions than there are vectors; a rotation changes no distance, and the
+    covariances become small.
+    """
+    stacked = np.concatenate([*a, *b]).astype(np.float64)
+    if len(stacked) >= stacked.shape[1]:
+        return a, b
+    basis, _ = np.linalg.qr((stacked - stacked.mean(axis=0)).T)
+    turned = np.split(stacked @ basis, np.cumsum([len(x) for x in (*a, *b)])[:-1])
+    return turned[: len(a)], turned[len(a) :]
+
+
 @dataclass(frozen=True)
 class KernelSums:
     """Sums of the kernel over all pairs of vectors of two groups, of set a and of set b.
@@ -160,6 +182,7 @@ class Estimate:
 
 def crop_fid(generated: Sequence[Features], real: Sequence[Features]) -> Estimate:
     """The Fréchet distance of two sets of features, given by their groups."""
+    generated, real = _within_span(generated, real)
     a, b = (Moments.of(np.concatenate(groups)) for groups in (generated, real))
     without_a = [a - Moments.of(group) for group in generated] if len(generated) > 1 else []
     without_b = [b - Moments.of(group) for group in real] if len(real) > 1 else []

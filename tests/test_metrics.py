@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from jobs.comparison import distances
 from jobs.condition import Cosines
 from jobs.crops import Crop, Groups, disjoint_draws, group
-from jobs.metrics import Estimate, KernelSums, Moments, crop_fid, frechet_distance, kid
+from jobs.metrics import (
+    Estimate,
+    KernelSums,
+    Moments,
+    crop_fid,
+    frechet_between,
+    frechet_distance,
+    kid,
+)
 from jobs.spectrum import CROP_PX, OCTAVES, Seams, Spectrum
 
 
@@ -71,6 +79,9 @@ def test_the_distance_equals_the_one_by_a_matrix_root() -> None:
         expected = np.square(a.mean - b.mean).sum() + traces
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
         assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-5)
+    few, more = gaussian(5, 40, 1), gaussian(9, 40, 2, shift=0.3)  # through the span of 14 vectors
+    expected = frechet_distance(Moments.of(few), Moments.of(more))
+    assert frechet_between(few, more) == pytest.approx(expected, rel=1e-9)
 
 
 def test_kid_is_its_definition_and_unbiased() -> None:
