@@ -139,6 +139,7 @@ def load_encoder(
     device: torch.device | str,
     dtype: str = "uint8",
     white_level: float | None = None,
+    offline: bool = False,
 ) -> NetworkEncoder:
     """The encoder that a user asked for, ready for tiles with these `bands` and this `dtype`.
 
@@ -146,7 +147,7 @@ def load_encoder(
     timm model with weights. Encoders from timm and the hub were trained on 8-bit RGB: they take
     the bands red, green and blue, and for uint16 they must be told `white_level`, the count that
     is to them what 255 is in 8 bits. A self-trained encoder takes the bands it was trained on and
-    has its own normalisation.
+    has its own normalisation. `offline` never fetches weights.
 
     Raises `ValueError` when bands are missing, when the weights are not on this machine and cannot
     be fetched, or when they are not safetensors.
@@ -163,7 +164,7 @@ def load_encoder(
                 "reflectance), or train an encoder with conditioning.pretrain"
             )
         white_level = 255.0
-    return _load_pretrained(str(name_or_dir), tuple(bands), white_level, device)
+    return _load_pretrained(str(name_or_dir), tuple(bands), white_level, device, offline)
 
 
 def build_network(architecture: str, *, num_bands: int, dim: int, input_px: int) -> nn.Module:
@@ -243,10 +244,10 @@ def _load_self_trained(
 
 
 def _load_pretrained(
-    name: str, bands: tuple[str, ...], white_level: float, device: torch.device
+    name: str, bands: tuple[str, ...], white_level: float, device: torch.device, offline: bool
 ) -> NetworkEncoder:
     channels = _channels(f"the encoder {name}", RGB, bands)
-    slug, network = pretrained_network(name)
+    slug, network = pretrained_network(name, offline=offline)
     config = resolve_model_data_config(network)
     input_px = int(config["input_size"][1])
     mean = tuple(white_level * value for value in config["mean"])

@@ -13,16 +13,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 
 
-def pretrained_network(name: str) -> tuple[str, nn.Module]:
-    """A slug and the network without its classifier. `name` is a timm model or `hf-hub:ID`.
+def pretrained_network(name: str, *, offline: bool = False) -> tuple[str, nn.Module]:
+    """A slug and the network without its classifier. `name` is a timm model or `hf-hub:ID`;
+    `offline` looks on this machine only.
 
     timm reads only files that were fetched here. `ValueError` when it knows no such model, when no
     weights are published, or when they are neither on this machine nor within reach.
     """
     if name.startswith("hf-hub:"):
         repository = name.removeprefix("hf-hub:")
-        snapshot = _fetch(name, repository, "model.safetensors").parent
-        _fetch(name, f"{repository.partition('@')[0]}@{snapshot.name}", "config.json")
+        snapshot = _fetch(name, repository, "model.safetensors", offline).parent
+        _fetch(name, f"{repository.partition('@')[0]}@{snapshot.name}", "config.json", offline)
         source = f"local-dir:{snapshot}"
         return repository, timm.create_model(source, pretrained=True, num_classes=0)
     architecture, _, tag = name.partition(".")
@@ -36,15 +37,17 @@ def pretrained_network(name: str) -> tuple[str, nn.Module]:
     if card is None or card.hf_hub_id is None:
         known = f"choose one of {tags[:5]}" if tags else "train one with conditioning.pretrain"
         raise ValueError(f"timm has no pretrained weights for {name!r}; {known}")
-    weights = _fetch(name, card.hf_hub_id, "model.safetensors")
+    weights = _fetch(name, card.hf_hub_id, "model.safetensors", offline)
     network = timm.create_model(
         name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(weights)}
     )
     return f"{architecture}.{card.tag}", network
 
 
-def _fetch(name: str, repository: str, filename: str) -> Path:
-    """The file in the local hub cache; it is downloaded only if it is not there."""
+def _fetch(name: str, repository: str, filename: str, offline: bool) -> Path:
+    """The file in the local hub cache; it is downloaded only if it is not there, and not
+    `offline`.
+    """
     repo_id, _, revision = repository.partition("@")
     try:
         try:
@@ -54,11 +57,13 @@ def _fetch(name: str, repository: str, filename: str) -> Path:
                 )
             )
         except LocalEntryNotFoundError:
+            if offline:
+                raise
             return Path(hf_hub_download(repo_id, filename, revision=revision or None))
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"the weights of {name} are not on this machine and the Hugging Face hub cannot be "
-            "reached; fetch them where there "
+            f"the weights of {name} are not on this machine and the Hugging Face hub "
+            f"{'is not asked here' if offline else 'cannot be reached'}; fetch them where there "
             f"is a network (`hf download {repo_id}`), or train an encoder with "
             "conditioning.pretrain"
         ) from error

@@ -16,6 +16,7 @@ STAGES = {
     "pack": ("pipeline.pack", "the random draws of training, done once"),
     "train": ("jobs.train", "the denoiser, on one device or many"),
     "sample": ("jobs.sample", "large images after the conditions of regions"),
+    "evaluate": ("jobs.evaluate", "Crop FID and more of painted images, with floors"),
     "export": ("pipeline.export", "an image as pyramidal TIFF, OME-TIFF or COG"),
     "compare": ("jobs.compare", "contestants on equal terms, with their Crop FIDs"),
     "demo": ("jobs.demo", "the whole chain on one small input"),
