@@ -26,6 +26,7 @@ from model.generate import ArrayField, Painter
 from pipeline import console
 from pipeline.export import export_image
 from pipeline.ome import OmeImage
+from pipeline.plan import PYRAMID_FACTOR
 from pipeline.store import UNITS, Region, Store
 
 SUFFIXES = {"ome-tiff": ".ome.tif", "tiff": ".tif", "cog": ".cog.tif"}
@@ -145,25 +146,25 @@ def sample(options: Sample) -> int:
     recipe, channels = plan.recipe, len(plan.config.packs.bands)
     fields = 4 if SOLVERS[options.solver].remembers else 2
     work_bytes = 4 * fields * channels * recipe.height * recipe.width
-    console.say(
+    console.say_plan(
         f"sample: {len(plan.regions)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
         f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}, guidance "
-        f"{recipe.guidance:g}, tiles of {plan.tile} on {plan.device}; "
-        f"{work_bytes / 1e9:.2f} GB of work on disk"
+        f"{recipe.guidance:g}, tiles of {plan.tile} on {plan.device}",
+        options.out,
+        _needed_bytes(options, plan, work_bytes),
     )
     if options.dry_run:
         return console.EXIT_DONE
     run = Run(options.run)
     denoiser = run.load_denoiser(device=plan.device)
     for region in plan.regions:
-        name = f"{region.image}_region{region.index}_seed{options.seed}"
+        name = _name(options, region)
         identity = _identity(run, store, plan, region)
         record = options.out / f"{name}.json"
         if record.is_file():
             _check_same(record, identity)
             console.say(f"sample: {name} is already done")
         else:
-            console.check_free_disk(options.out, 2 * work_bytes)
             cost = _paint(options, store, denoiser, plan, region, name, identity)
             console.write_json_atomic(
                 record, {"image": f"{name}.zarr", "identity": identity, **cost}
@@ -175,6 +176,20 @@ def sample(options: Sample) -> int:
         shutil.rmtree(options.out / f".work-{name}", ignore_errors=True)
     console.say(f"sample: done, {options.out}")
     return console.EXIT_DONE
+
+
+def _name(options: Sample, region: Region) -> str:
+    return f"{region.image}_region{region.index}_seed{options.seed}"
+
+
+def _needed_bytes(options: Sample, plan: Plan, work_bytes: int) -> int:
+    """Most that the images not yet painted take: pixels, exports, the fields of one painting."""
+    todo = [r for r in plan.regions if not (options.out / f"{_name(options, r)}.json").is_file()]
+    packs = plan.config.packs
+    values = len(packs.bands) * plan.recipe.height * plan.recipe.width
+    pixel_bytes = int(PYRAMID_FACTOR * np.dtype(packs.dtype).itemsize * values)
+    files = 1 + sum({"zarr": 0, "cog": 2}.get(kind, 1) for kind in options.format)
+    return len(todo) * files * pixel_bytes + (work_bytes if todo else 0)
 
 
 def _identity(run: Run, store: Store, plan: Plan, region: Region) -> dict[str, Any]:
@@ -279,7 +294,7 @@ def _write_image(plan: Plan, field: ArrayField, path: Path, attributes: dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Sample, sample, argv, prog="jobs.sample")
+    return console.run(Sample, sample, argv, prog="python -m jobs.sample")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,16 @@ from torch import Tensor
 from jobs.data import Batch, Batches
 from jobs.engine import Objective, Ranks, build, from_first_rank, join
 from jobs.preview import write_preview
-from jobs.run import HEARTBEAT_S, Run, RunConfig, RunState
+from jobs.record import HEARTBEAT_S, RunState
+from jobs.run import Run, RunConfig
 from model.config import preset
 from model.denoiser import PyramidDenoiser
 from model.noise import NoiseSpectrum
 from model.process import Octaves
 from pipeline import console
 from pipeline.packfile import PackSet
+
+PROG = "python -m jobs.train"
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,11 @@ def train(options: Train) -> int:
         f"steps of {options.batch} regions, log-SNR {low:.1f} to {high:.1f}"
         + (f", at most {options.max_minutes:g} minutes" if options.max_minutes else "")
     )
-    if options.dry_run:
-        console.say(plan)
-        return console.EXIT_DONE
     run = Run(options.run)
+    needed_bytes = run.checkpoint_bytes(parameters)
+    if options.dry_run:
+        console.say_plan(plan, options.run, needed_bytes)
+        return console.EXIT_DONE
     ranks = join()
     if options.batch % ranks.world:
         raise ValueError(
@@ -142,9 +146,8 @@ def train(options: Train) -> int:
         if _finished(before, options):
             console.say(f"train: {options.run} is already done")
         else:
-            console.check_free_disk(options.run, 40 * parameters)
-            run.claim(config)
-            console.say(plan)
+            console.say_plan(plan, options.run, needed_bytes)
+            run.claim(config, console.command_line(PROG, options))
     before = from_first_rank(before, ranks)
     status = "done"
     if not _finished(before, options):
@@ -220,8 +223,12 @@ class Trainer:
         started = time.monotonic()
         source = batches.iterate(first, self.ranks.rank, self.ranks.world)
         step, status = first, "done"
+        limit_s = options.max_minutes and 60 * options.max_minutes - seconds_before
         for step in console.progress(
-            range(first + 1, options.steps + 1), total=options.steps - first, desc="train"
+            range(first + 1, options.steps + 1),
+            total=options.steps - first,
+            desc="train",
+            limit_s=limit_s,
         ):
             batch = next(source).to(self.ranks.device)
             seconds, stopping = self._agree(seconds_before + time.monotonic() - started)
@@ -314,12 +321,12 @@ class Trainer:
         torch.distributed.barrier()
 
     def _resume(self, before: RunState) -> int:
-        folder = self.run.path / "checkpoints" / str(before.checkpoint)
-        loaded, _ = self.engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
+        folder = self.run.own_engine_state(str(before.checkpoint))
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="state")
         if loaded is None:
             raise ValueError(
-                f"{folder} has lost its deepspeed folder, so the run cannot go on; start another "
-                f"--run with --init-from {folder / 'weights.safetensors'}"
+                f"{folder.parent} has lost its deepspeed folder, so the run cannot go on; start "
+                f"another --run with --init-from {folder.parent / 'weights.safetensors'}"
             )
         ema = self.run.read_weights(before.step, "ema")
         self.ema = {name: value.to(self.ranks.device) for name, value in ema.items()}
@@ -330,7 +337,7 @@ class Trainer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Train, train, argv, prog="jobs.train")
+    return console.run(Train, train, argv, prog=PROG)
 
 
 if __name__ == "__main__":

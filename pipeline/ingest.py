@@ -22,15 +22,15 @@ from pipeline.cluster import connect
 from pipeline.console import (
     EXIT_DONE,
     EXIT_PARTIAL,
-    check_free_disk,
     progress,
     run,
     say,
+    say_plan,
     write_bytes_atomic,
 )
 from pipeline.coordinate import choose_regions, count_shards, run_jobs, run_previews
 from pipeline.lock import hold_lock
-from pipeline.plan import Plan, make_plan, needed_bytes, print_plan
+from pipeline.plan import Plan, describe_plan, make_plan, needed_bytes
 from pipeline.regions import CELL_PX
 from pipeline.store import Store
 
@@ -96,7 +96,7 @@ def ingest(options: Options) -> int:
     )
     done = _done_before(plan, store)
     missing = [job for job in plan.jobs if job.image_id not in done]
-    print_plan(plan, len(done), options.stride)
+    say_plan(describe_plan(plan, len(done), options.stride), out, needed_bytes(missing, plan.spec))
     largest = max(min(job.shape[1:]) for job in plan.jobs)
     if region > largest:
         raise ValueError(
@@ -104,7 +104,6 @@ def ingest(options: Options) -> int:
             f"{largest} px at the target "
             "resolution; give a smaller --region, or auto"
         )
-    check_free_disk(out, needed_bytes(missing, plan.spec))
     if options.dry_run:
         return EXIT_PARTIAL if plan.failures else EXIT_DONE
     with hold_lock(out / LOCK_NAME):

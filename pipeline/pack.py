@@ -24,6 +24,7 @@ from pipeline import console
 from pipeline.draws import Energy, Moments, RegionLevels
 from pipeline.packfile import (
     INDEX_NAME,
+    PLAN_NAME,
     PackSettings,
     PackStatistics,
     RegionEntry,
@@ -32,7 +33,6 @@ from pipeline.packfile import (
 from pipeline.store import Region, Store
 
 SHARD_BYTES = 256 * 2**20
-PLAN_NAME = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -173,15 +173,18 @@ def pack(options: Pack) -> int:
     settings = plan.settings
     total = plan.region_bytes * len(plan.regions)
     design = settings.zoom()
-    console.say(
+    missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
+    console.say_plan(
         f"pack: {len(plan.regions)} regions of {settings.side_px} px, "
         f"{settings.packs_per_region} draws each, "
         f"{design.num_values(settings.side_px, settings.side_px)} values a draw "
         f"({design.chains(settings.side_px, settings.side_px)} chains of {settings.coarse_level} "
         "windows of "
         f"{settings.window}x{settings.window}), tokens of {settings.encoder_key} at "
-        f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {total / 1e9:.2f} GB in "
-        f"{len(plan.shards)} shards"
+        f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {console.size(total)} "
+        f"in {len(plan.shards)} shards",
+        options.out,
+        total * len(missing) // len(plan.shards),
     )
     if options.dry_run:
         return console.EXIT_DONE
@@ -189,8 +192,6 @@ def pack(options: Pack) -> int:
     if (options.out / INDEX_NAME).is_file():
         console.say(f"pack: {options.out} is already done")
         return console.EXIT_DONE
-    missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
-    console.check_free_disk(options.out, total * len(missing) // len(plan.shards))
     for leftover in options.out.glob(".*.partial"):
         leftover.unlink()
     store = Store.open(options.store)
@@ -368,7 +369,7 @@ def _side_contents(out: Path, shards: int) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Pack, pack, argv, prog="pipeline.pack")
+    return console.run(Pack, pack, argv, prog="python -m pipeline.pack")
 
 
 if __name__ == "__main__":
