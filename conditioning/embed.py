@@ -31,6 +31,10 @@ LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 class Embed:
     """Embed every image of a dataset store on lattices of tiles, one per footprint.
 
+        python -m conditioning.embed dataset.zarr --encoder encoder
+        python -m conditioning.embed dataset.zarr --encoder vit_small_patch14_dinov2.lvd142m
+        python -m conditioning.embed dataset.zarr --encoder hf-hub:OWNER/MODEL --footprint 256 1024
+
     The same command does only what is missing. Footprints larger than an image are skipped and
     reported.
     """

@@ -57,6 +57,9 @@ STREAM_BANK, STREAM_BATCH, STREAM_STATISTICS, STREAM_QUALITY = 0, 1, 3, 4
 class Pretrain:
     """Train a small encoder on the tiles of a dataset store, without labels and without downloads.
 
+        python -m conditioning.pretrain dataset.zarr --out encoder
+        python -m conditioning.pretrain dataset.zarr --out encoder --arch resnet50 --steps 20000
+
     The folder it writes is what --encoder of conditioning.embed and pipeline.pack takes. The same
     command continues a run that was stopped.
     """
@@ -74,9 +77,7 @@ class Pretrain:
     footprints: tuple[int, ...] = (128, 4096)
     """sides in level-0 pixels; tiles are drawn log-uniformly from the smallest to the largest"""
     steps: int = 80
-    """optimizer steps: the default takes about a minute on two CPU cores; take 10000 or more on a
-    GPU
-    """
+    """optimizer steps; 80 take a minute on two CPU cores, take 10000 or more on a GPU"""
     batch_size: int = 64
     """tiles per step, each seen in two views"""
     learning_rate: float = 3e-3

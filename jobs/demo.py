@@ -34,7 +34,13 @@ CROP_PX = 512
 
 @dataclass(frozen=True)
 class Demo:
-    """Paint a 4096 x 4096 image from slides, aerial images, or a phantom drawn by code."""
+    """Paint a 4096 x 4096 image from slides, aerial images, or a phantom drawn by code.
+
+        python -m jobs.demo --out demo
+        python -m jobs.demo --slides slide.svs --out out --train-minutes 30
+
+    The same command goes on where a killed one was.
+    """
 
     slides: tuple[str, ...] = ()
     """Slides, GeoTIFFs or folders; by default a phantom slide."""

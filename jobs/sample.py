@@ -35,7 +35,14 @@ SCALES = {2.0**-level: level for level in range(4)}
 
 @dataclass(frozen=True)
 class Sample:
-    """Paint images after the conditions of regions; the same command resumes."""
+    """Paint images after the conditions of regions; the same command resumes.
+
+        python -m jobs.sample run --condition dataset.zarr --out images
+        python -m jobs.sample run --condition dataset.zarr --out images --region 0 5 --seed 7
+        python -m jobs.sample run --condition dataset.zarr --out images --size 4096x8192
+
+    Each becomes an OME-Zarr image, and the files that --format names.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
@@ -52,9 +59,11 @@ class Sample:
     steps: int = 20
     """Evaluations of the denoiser; guidance evaluates twice in each."""
     seed: int = 0
+    """Another seed paints another image after the same condition."""
     guidance: float = 1.5
     """Classifier-free guidance; 1 is the condition alone, and twice as fast."""
     solver: Literal["dpm++2m", "ddim"] = "dpm++2m"
+    """How a step is taken: of second order, or of first."""
     tile: str = "auto"
     """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
     format: tuple[Literal["ome-tiff", "tiff", "cog", "zarr"], ...] = ("ome-tiff",)

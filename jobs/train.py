@@ -36,8 +36,11 @@ PROG = "python -m jobs.train"
 class Train:
     """Train a denoiser on packs; the same command resumes.
 
-    Also under the launchers: deepspeed --no_local_rank --module jobs.train PACKS --run RUN, srun,
-    torchrun.
+        python -m jobs.train packs --run run --preset tiny --steps 2000 --batch 4
+        torchrun --nproc-per-node 8 -m jobs.train packs --run run
+        deepspeed --no_local_rank --module jobs.train packs --run run
+
+    Under srun every task is a rank.
     """
 
     packs: Annotated[Path, tyro.conf.Positional]
@@ -53,6 +56,7 @@ class Train:
     batch: int = 16
     """Regions in one step, over all ranks."""
     learning_rate: float = 1e-4
+    """Peak of the schedule of AdamW."""
     warmup: int = 200
     """Steps over which the learning rate rises; it falls by a cosine to a tenth at the end."""
     ema: float = 0.999
@@ -60,7 +64,7 @@ class Train:
     condition_dropout: float = 0.1
     """How often a condition is dropped, for guidance."""
     augment: bool = True
-    """Turn and mirror regions."""
+    """Regions are turned and mirrored; --no-augment leaves them as they are."""
     noise_floor: float = 0.005
     """Least noise variance of an octave coarser than the lattice; 0 is white noise."""
     zero: int = 0
@@ -70,7 +74,9 @@ class Train:
     save_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
     seed: int = 0
+    """Another seed starts from other weights and sees other batches and noise."""
     init_from: str | None = None
     """Weights to start from: weights.safetensors or ema.safetensors of another run."""
     dry_run: bool = False

@@ -9,6 +9,7 @@ is too little. It shows progress, and files that mark progress are replaced by r
 killed process never leaves half of one.
 """
 
+import inspect
 import json
 import os
 import shlex
@@ -43,7 +44,9 @@ def run(
     code 2.
     """
     try:
-        options = tyro.cli(config, args=argv, prog=prog, config=HELP)
+        options = tyro.cli(
+            config, args=argv, prog=prog, description=inspect.getdoc(config), config=HELP
+        )
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:

@@ -41,19 +41,19 @@ LOCK_NAME = ".ingest.lock"
 class Options:
     """Ingest slides or aerial images into a dataset store.
 
+        python -m pipeline.ingest slides/ --out dataset.zarr --region auto
+        python -m pipeline.ingest 'naip/m_*.tif' --out naip.zarr --gsd 0.6 --region 1024
+        python -m pipeline.ingest cohort.csv --out cohort.zarr --mpp 1 --cluster slurm --workers 8
+
     The same command again finishes what is missing and repeats nothing.
     """
 
-    inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders, globs, or CSV files (path,mpp,gsd,patient,split,label; mpp and gsd are the
-    source's).
-    """
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT ...")]
+    """Files, folders, globs, or CSV files with columns path,mpp,gsd,patient,split,label."""
     out: Path
     """The store to make or to continue, such as dataset.zarr."""
     mpp: float | None = None
-    """Target resolution of slides in µm per pixel; without it, the coarsest native one of all
-    inputs.
-    """
+    """Target resolution of slides in µm per pixel; without it, the coarsest native one."""
     gsd: float | None = None
     """Target resolution of aerial images in m per pixel."""
     source_mpp: float | None = None
@@ -61,19 +61,16 @@ class Options:
     source_gsd: float | None = None
     """What an aerial image's pixels measure in m, instead of what its file says or lacks."""
     region: str = "4096"
-    """Side of the regions to learn from, in px of the store; auto: the largest power of two up to
-    4096 that passes.
-    """
+    """Side in px of the regions to learn from; auto: the largest power of two that passes."""
     stride: int | None = None
-    """Step of the grid of regions in px; without it, their side, so that regions do not overlap.
-    """
+    """Step of the grid of regions in px; without it, their side: no two overlap."""
     min_tissue: float = 0.25
-    """Least fraction of a region that is tissue (slides) or valid data (aerial)."""
+    """Least fraction, 0 to 1, of a region that is tissue (slides) or valid data (aerial)."""
     cluster: str = "local"
     """Where work runs: inline, local, slurm, or a Dask scheduler's address tcp://HOST:PORT."""
     workers: int | None = None
     """Number of worker processes (local: one per core) or jobs (slurm: 1)."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    dry_run: bool = False
     """Print the plan and stop."""
 
 

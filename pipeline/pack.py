@@ -37,7 +37,14 @@ SHARD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Pack:
-    """Draw cells from every region of a store, many times, into WebDataset shards for training."""
+    """Draw cells from every region of a store, many times, into WebDataset shards for training.
+
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs --size-gb 50
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs --packs-per-region 8
+
+    The same command again finishes what is missing.
+    """
 
     store: Annotated[Path, tyro.conf.Positional]
     """The dataset store, already embedded."""
@@ -48,7 +55,7 @@ class Pack:
     points: int = 65_536
     """Values drawn from one region for one sample, however large the region."""
     packs_per_region: str = "auto"
-    """Draws of each region; auto: enough to score every pixel once, within --size-gb."""
+    """Draws of each region, or auto: enough to score every pixel once, within --size-gb."""
     size_gb: float = 4.0
     """Most that auto may write, in GB."""
     design: str = "zoom"
@@ -60,6 +67,7 @@ class Pack:
     coarse_level: int = 5
     """Level of the coarse lattice: cells of 2^level pixels."""
     seed: int = 0
+    """Another seed draws other cells."""
     dry_run: bool = False
     """Print the plan and stop."""
 

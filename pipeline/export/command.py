@@ -46,6 +46,9 @@ JPEG_RATIO = 0.3
 class ExportOptions:
     """Write an OME-Zarr image as a pyramidal TIFF, an OME-TIFF or a cloud-optimised GeoTIFF.
 
+        python -m pipeline.export images/NAME.zarr --out image.ome.tif
+        python -m pipeline.export images/NAME.zarr --out image.tif --format tiff --compression jpeg
+
     ome-tiff opens in QuPath, Bio-Formats, napari and viv; tiff opens in OpenSlide with all its
     levels; cog opens in GIS.
     """

@@ -20,9 +20,7 @@ from pipeline.phantom.files import (
 
 @dataclass(frozen=True)
 class SlideOptions:
-    """Draw a slide that looks like haematoxylin and eosin, as a pyramidal TIFF that OpenSlide
-    opens.
-    """
+    """Draw a slide that looks like haematoxylin and eosin, as a TIFF that OpenSlide opens."""
 
     out: Path
     """The .tif to write."""
@@ -58,7 +56,14 @@ class AerialOptions:
 
 @dataclass(frozen=True)
 class PhantomOptions:
-    """Draw a picture by code: the same seed and size always give the same pixels."""
+    """Draw a slide or an aerial scene by code, for trying the chain without data.
+
+        python -m pipeline.phantom slide --out phantom.tif
+        python -m pipeline.phantom slide --out small.tif --height-px 2048 --width-px 3072 --seed 7
+        python -m pipeline.phantom aerial --out scene.tif --gsd 0.3
+
+    The same seed and size always give the same pixels.
+    """
 
     scene: tyro.conf.OmitSubcommandPrefixes[
         Annotated[SlideOptions, tyro.conf.subcommand("slide")]
