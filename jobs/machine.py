@@ -150,12 +150,12 @@ def _backends() -> Iterator[Item]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        found = f"torch does not load: {str(error).splitlines()[0]}"
-        yield Item(section, "torch", "missing", found, NEEDED["train"], _install("train"))
+        found = f"no: {str(error).splitlines()[0]}"
+        yield Item(section, "torch loads", "missing", found, NEEDED["train"], _install("train"))
     else:
         built = torch.version.cuda or torch.version.hip
         found = f"{torch.__version__}, built for {f'CUDA {built}' if built else 'CPU'}"
-        yield Item(section, "torch", "ok", found)
+        yield Item(section, "torch loads", "ok", found)
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
             found = f"{properties.name}, {size(properties.total_memory)} of memory"

@@ -1,6 +1,6 @@
 """A training run on disk: what it resolved to, where it stands, and the weights it made.
 
-    run/config.json             resolved configuration and the commit it was made with
+    run/config.json             resolved configuration, the commit and the command it was made with
     run/state.json              running, preempted, done or failed; step; owner; heartbeat
     run/metrics.jsonl           one line every few steps
     run/tensorboard/            the same as TensorBoard events

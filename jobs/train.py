@@ -37,7 +37,7 @@ class Train:
     """Train a denoiser on packs; the same command resumes.
 
         python -m jobs.train packs --run run --preset tiny --steps 2000 --batch 4
-        torchrun --nproc-per-node 8 -m jobs.train packs --run run
+        torchrun --nproc-per-node 8 -m -- jobs.train packs --run run
         deepspeed --no_local_rank --module jobs.train packs --run run
 
     Under srun every task is a rank.
