@@ -20,15 +20,20 @@ from tyro.conf import Positional
 
 from conditioning.encoders import Encoder, choose_device, load_encoder
 from conditioning.tiles import TileBlock, lattice_blocks, lattice_shape, read_ahead
-from pipeline.console import EXIT_DONE, EXIT_PARTIAL, check_free_disk, progress, run, say
+from pipeline.console import EXIT_DONE, EXIT_PARTIAL, progress, run, say, say_plan
 from pipeline.store import Store
 
+BYTES_PER_NUMBER = 2
 LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
 class Embed:
     """Embed every image of a dataset store on lattices of tiles, one per footprint.
+
+        python -m conditioning.embed dataset.zarr --encoder encoder
+        python -m conditioning.embed dataset.zarr --encoder vit_small_patch14_dinov2.lvd142m
+        python -m conditioning.embed dataset.zarr --encoder hf-hub:OWNER/MODEL --footprint 256 1024
 
     The same command does only what is missing. Footprints larger than an image are skipped and
     reported.
@@ -113,11 +118,9 @@ def embed(options: Embed) -> int:
         white_level=options.white_level,
     )
     plan = make_plan(store, encoder, footprints)
-    needed_bytes = 2 * encoder.dim * plan.num_tiles
-    _say_plan(options, encoder, plan, needed_bytes)
+    _say_plan(options, encoder, plan)
     if options.dry_run:
         return EXIT_DONE
-    check_free_disk(store.path, needed_bytes)
     register(store, encoder, options.encoder, options.white_level)
     started = time.monotonic()
     failures = encode_all(store, encoder, plan, options.batch_size)
@@ -254,16 +257,20 @@ def _batched(tiles: Iterator[Tile], batch_size: int) -> Iterator[tuple[Tile, ...
         yield batch
 
 
-def _say_plan(options: Embed, encoder: Encoder, plan: Plan, needed_bytes: int) -> None:
-    say(
-        f"embed: {encoder.key}, tiles of {encoder.input_px} px to {encoder.dim} numbers\n"
-        f"  to do    {len(plan.todo)} lattices, {plan.num_tiles} tiles, "
-        f"{needed_bytes / 1e6:.1f} MB; {plan.num_done} lattices are there\n"
-        f"  to       {options.dataset / 'embeddings' / encoder.key}"
-    )
+def _say_plan(options: Embed, encoder: Encoder, plan: Plan) -> None:
+    lines = [
+        f"embed: {encoder.key}, tiles of {encoder.input_px} px to {encoder.dim} numbers",
+        f"  to do    {len(plan.todo)} lattices, {plan.num_tiles} tiles; "
+        f"{plan.num_done} lattices are there",
+        f"  to       {options.dataset / 'embeddings' / encoder.key}",
+    ]
     for footprint, image_ids in sorted(plan.too_small.items()):
         shown = ", ".join(image_ids[:3]) + (" ..." if len(image_ids) > 3 else "")
-        say(f"  skipped  footprint {footprint}: larger than {len(image_ids)} images ({shown})")
+        lines.append(
+            f"  skipped  footprint {footprint}: larger than {len(image_ids)} images ({shown})"
+        )
+    needed_bytes = BYTES_PER_NUMBER * encoder.dim * plan.num_tiles
+    say_plan("\n".join(lines), options.dataset, needed_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

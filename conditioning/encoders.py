@@ -10,7 +10,7 @@ weights, input size, bands, normalisation), so two encoders never share a place 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from conditioning.card import CARD_NAME, EncoderCard
 from conditioning.hub import did_you_mean, pretrained_network
 from conditioning.tiles import Tiles, resize_tiles
 from pipeline.console import write_bytes_atomic, write_json_atomic
 
-CARD_NAME = "encoder.json"
 WEIGHTS_NAME = "encoder.safetensors"
 RGB = ("red", "green", "blue")
 
@@ -57,44 +57,6 @@ class Encoder(Protocol):
         `input_px` are resampled by `conditioning.tiles.resize_tiles`.
         """
         ...
-
-
-@dataclass(frozen=True)
-class EncoderCard:
-    """What `encoder.json` holds: how to rebuild a self-trained encoder, and how it was made.
-
-    `mean` and `std` are per band, in counts of `dtype`. `training` and `quality` are for the
-    reader and for resuming; they do not change what the encoder computes.
-    """
-
-    architecture: str
-    dim: int
-    input_px: int
-    bands: tuple[str, ...]
-    dtype: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    training: Mapping[str, Any]
-    quality: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, folder: Path) -> "EncoderCard":
-        """The card in `folder`; `ValueError` when it is not a finished encoder of this version."""
-        path = folder / CARD_NAME
-        if not path.is_file():
-            raise ValueError(
-                f"{folder} holds no {CARD_NAME}, so it is not a finished encoder; "
-                "run `python -m conditioning.pretrain` with it as --out until it ends"
-            )
-        values = json.loads(path.read_text())
-        expected = set(cls.__dataclass_fields__)
-        if set(values) != expected:
-            raise ValueError(
-                f"{path} has the fields {sorted(values)} where {sorted(expected)} are expected; "
-                "train the encoder again with this version"
-            )
-        tuples = {name: tuple(values[name]) for name in ("bands", "mean", "std")}
-        return cls(**{**values, **tuples})
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,8 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from tyro.conf import Positional
 
-from conditioning.encoders import (
-    CARD_NAME,
-    EncoderCard,
-    choose_device,
-    encoder_key,
-    save_encoder,
-    standardise,
-)
+from conditioning.card import CARD_NAME, EncoderCard
+from conditioning.encoders import choose_device, encoder_key, save_encoder, standardise
 from conditioning.tiles import Tiles, TileSampler, read_ahead, resize_tiles
 from conditioning.vicreg import (
     Objective,
@@ -40,10 +34,10 @@ from conditioning.vicreg import (
 from conditioning.views import random_view
 from pipeline.console import (
     EXIT_DONE,
-    check_free_disk,
     progress,
     run,
     say,
+    say_plan,
     write_bytes_atomic,
 )
 from pipeline.store import Region, Store
@@ -63,6 +57,9 @@ STREAM_BANK, STREAM_BATCH, STREAM_STATISTICS, STREAM_QUALITY = 0, 1, 3, 4
 class Pretrain:
     """Train a small encoder on the tiles of a dataset store, without labels and without downloads.
 
+        python -m conditioning.pretrain dataset.zarr --out encoder
+        python -m conditioning.pretrain dataset.zarr --out encoder --arch resnet50 --steps 20000
+
     The folder it writes is what --encoder of conditioning.embed and pipeline.pack takes. The same
     command continues a run that was stopped.
     """
@@ -80,9 +77,7 @@ class Pretrain:
     footprints: tuple[int, ...] = (128, 4096)
     """sides in level-0 pixels; tiles are drawn log-uniformly from the smallest to the largest"""
     steps: int = 80
-    """optimizer steps: the default takes about a minute on two CPU cores; take 10000 or more on a
-    GPU
-    """
+    """optimizer steps; 80 take a minute on two CPU cores, take 10000 or more on a GPU"""
     batch_size: int = 64
     """tiles per step, each seen in two views"""
     learning_rate: float = 3e-3
@@ -128,7 +123,6 @@ def pretrain(options: Pretrain) -> int:
     _say_plan(options, trainer, regions)
     if options.dry_run:
         return EXIT_DONE
-    check_free_disk(options.out, CHECKPOINT_COPIES * trainer.checkpoint_bytes())
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     card = _train_and_measure(options, trainer, store, regions, settings)
@@ -269,16 +263,18 @@ def _say_plan(options: Pretrain, trainer: Trainer, regions: Sequence[Region]) ->
     num_images = len({region.image for region in regions})
     millions = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     bands = trainer.objective.num_bands
-    say(
+    if largest < max(options.footprints):
+        say(f"  footprints above {side} px are cut to it, the side of a region")
+    say_plan(
         f"pretrain: {options.arch}, {millions:.1f} M parameters, {bands} bands at "
         f"{options.input_size} px to {options.dim} numbers, on {trainer.device}\n"
         f"  from     {options.dataset}: {len(regions)} train regions of {num_images} images, "
         f"footprints {smallest} to {largest} px\n"
         f"  steps    {trainer.step} of {options.steps} done, {options.batch_size} tiles each\n"
-        f"  to       {options.out}"
+        f"  to       {options.out}",
+        options.out,
+        CHECKPOINT_COPIES * trainer.checkpoint_bytes(),
     )
-    if largest < max(options.footprints):
-        say(f"  footprints above {side} px are cut to it, the side of a region")
 
 
 def _say_summary(options: Pretrain, card: EncoderCard, trainer: Trainer, elapsed_s: float) -> None:

@@ -5,6 +5,7 @@ is asked for, so that ingest runs on a machine without torch.
 """
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -20,13 +21,29 @@ STAGES = {
     "export": ("pipeline.export", "an image as pyramidal TIFF, OME-TIFF or COG"),
     "compare": ("jobs.compare", "contestants on equal terms, with their Crop FIDs"),
     "demo": ("jobs.demo", "the whole chain on one small input"),
+    "info": ("jobs.info", "what a store, run, packs, encoder or image holds"),
+    "doctor": ("jobs.doctor", "what this machine has, what is missing and how to get it"),
 }
+CHAIN = ("ingest", "pretrain", "embed", "pack", "train", "sample", "export")
+LOOKING = ("info", "doctor")
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in STAGES.items()]
+    """All stages: the chain in its order, then what looks at things, then the others."""
+    others = tuple(name for name in STAGES if name not in CHAIN + LOOKING)
+    lines = ["usage: gigabrush STAGE [OPTIONS]"]
+    for title, names in (
+        ("the chain, in order", CHAIN),
+        ("looking at things", LOOKING),
+        ("more", others),
+    ):
+        lines += ["", f"{title}:", *(f"  {name:<10}{STAGES[name][1]}" for name in names)]
     return "\n".join(
-        ["usage: gigabrush STAGE [OPTIONS]", "", *lines, "", "gigabrush STAGE --help says more."]
+        [
+            *lines,
+            "",
+            "gigabrush STAGE --help teaches a stage, gigabrush --version says which this is.",
+        ]
     )
 
 
@@ -36,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"gigabrush {importlib.metadata.version('gigabrush')}")
+        return 0
     stage, *rest = arguments
     if stage not in STAGES:
         print(f"gigabrush: there is no stage {stage!r}\n\n{usage()}", file=sys.stderr)

@@ -42,7 +42,13 @@ CROP_PX = 512
 
 @dataclass(frozen=True)
 class Demo:
-    """Paint a 4096 x 4096 image from slides, aerial images, or a phantom drawn by code."""
+    """Paint a 4096 x 4096 image from slides, aerial images, or a phantom drawn by code.
+
+        python -m jobs.demo --out demo
+        python -m jobs.demo --slides slide.svs --out out --train-minutes 30
+
+    The same command goes on where a killed one was.
+    """
 
     slides: tuple[str, ...] = ()
     """Slides, GeoTIFFs or folders; by default a phantom slide."""
@@ -78,18 +84,18 @@ class Demo:
 
 def demo(options: Demo) -> int:
     """Run the command; returns its exit code."""
-    console.say(
-        f"demo: {', '.join(options.slides) or 'a phantom slide'} -> {options.out}: ingest, "
-        f"pretrain, embed, pack, train for {options.train_minutes:g} minutes, paint "
-        f"{options.size}x{options.size} px; about 11 minutes on two cores, 6 GB of disk"
-    )
-    if options.dry_run:
-        return console.EXIT_DONE
     out = options.out
     progress = Progress(out / "demo.json", "demo")
     progress.claim("slides", sorted(options.slides))
-    if "jobs.sample" not in progress.done:
-        console.check_free_disk(out, FREE_BYTES)
+    console.say_plan(
+        f"demo: {', '.join(options.slides) or 'a phantom slide'} -> {out}: ingest, "
+        f"pretrain, embed, pack, train for {options.train_minutes:g} minutes, paint "
+        f"{options.size}x{options.size} px; about 11 minutes on two cores",
+        out,
+        0 if "jobs.sample" in progress.done else FREE_BYTES,
+    )
+    if options.dry_run:
+        return console.EXIT_DONE
     slides = list(options.slides)
     if not slides:
         slides = [str(out / "phantom.tif")]
@@ -267,7 +273,7 @@ def _laid_out(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Demo, demo, argv, prog="jobs.demo")
+    return console.run(Demo, demo, argv, prog="python -m jobs.demo")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A training run on disk: what it resolved to, where it stands, and the weights it made.
 
-    run/config.json             resolved configuration and the commit it was made with
+    run/config.json             resolved configuration, the commit and the command it was made with
     run/state.json              running, preempted, done or failed; step; owner; heartbeat
     run/metrics.jsonl           one line every few steps
     run/tensorboard/            the same as TensorBoard events
@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,15 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from conditioning.tokens import TokenScale
+from jobs.record import (
+    CONFIG_NAME,
+    METRICS_NAME,
+    STATE_NAME,
+    RunState,
+    commit,
+    read_record,
+    read_state,
+)
 from model.config import DenoiserConfig, config_from_dict
 from model.family import Denoiser, make_denoiser
 from model.noise import NoiseSpectrum
@@ -37,8 +45,8 @@ from pipeline import console
 from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 
 CHECKPOINTS_KEPT = 2
-HEARTBEAT_S = 30.0
-STALE_AFTER_S = 4 * HEARTBEAT_S
+CHECKPOINT_BYTES_PER_PARAMETER = 20
+"""Weights, averaged weights, and DeepSpeed's weights with two moments, all in float32."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +88,6 @@ class RunConfig:
         )
 
 
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stands: `checkpoint` is what to resume from, `seconds` the training so far."""
-
-    status: str
-    step: int
-    owner: str
-    heartbeat: float
-    seconds: float
-    checkpoint: str | None
-    restarts: int
-    job_id: str | None
-
-
 class SupersededError(RuntimeError):
     """Another process owns this run now."""
 
@@ -108,24 +102,24 @@ class Run:
 
     def config(self) -> RunConfig:
         """The resolved configuration; a `ValueError` where there is no run."""
-        file = self.path / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{self.path} is not a run; train one with python -m jobs.train")
-        return RunConfig.from_json(json.loads(file.read_text())["config"])
+        return RunConfig.from_json(read_record(self.path)["config"])
 
     def state(self) -> RunState | None:
         """The recorded state, None before the first."""
-        file = self.path / "state.json"
-        return RunState(**json.loads(file.read_text())) if file.is_file() else None
+        return read_state(self.path)
 
-    def claim(self, config: RunConfig) -> RunState:
-        """Become the owner of a new run, or of one with the same configuration."""
+    def claim(self, config: RunConfig, command: str | None = None) -> RunState:
+        """Become the owner of a new run, or of one with the same configuration.
+
+        `command` is kept for people, with the directory in which it was given.
+        """
         before = self.state()
         if before is not None:
             self._refuse_other(before, config)
         else:
+            record = {"commit": commit(), "command": command, "directory": os.getcwd()}
             console.write_json_atomic(
-                self.path / "config.json", {"commit": commit(), "config": config.to_json()}
+                self.path / CONFIG_NAME, {**record, "config": config.to_json()}
             )
         state = RunState(
             status="running",
@@ -141,11 +135,9 @@ class Run:
         return state
 
     def _refuse_other(self, before: RunState, config: RunConfig) -> None:
-        host, pid, _ = before.owner.split(":")
-        fresh = time.time() - before.heartbeat < STALE_AFTER_S
-        alive = host != socket.gethostname() or Path(f"/proc/{pid}").exists()
+        host, pid = before.host_and_process
         requeued = before.job_id is not None and before.job_id == os.environ.get("SLURM_JOB_ID")
-        if before.status == "running" and fresh and alive and not requeued:
+        if before.is_alive() and not requeued:
             raise ValueError(
                 f"{self.path} is being trained by process {pid} on {host}; "
                 "wait for it, stop it, or choose another --run"
@@ -179,7 +171,7 @@ class Run:
             self.update(status="failed")
 
     def _write_state(self, state: RunState) -> None:
-        console.write_json_atomic(self.path / "state.json", asdict(state))
+        console.write_json_atomic(self.path / STATE_NAME, asdict(state))
 
     def checkpoint_folder(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"
@@ -196,6 +188,28 @@ class Run:
         """Read NAME.safetensors of a checkpoint."""
         return load_file(self.checkpoint_folder(step) / f"{name}.safetensors")
 
+    def checkpoint_bytes(self, parameters: int) -> int:
+        """Most that checkpoints will add to the disk: those kept, and one being written."""
+        there = len(list((self.path / "checkpoints").glob("step-*")))
+        missing = max(CHECKPOINTS_KEPT + 1 - there, 1)
+        return missing * CHECKPOINT_BYTES_PER_PARAMETER * parameters
+
+    def own_engine_state(self, checkpoint: str) -> Path:
+        """DeepSpeed's folder of a checkpoint; a `ValueError` when any of it is another user's.
+
+        It holds pickles, and a pickle runs whatever code it holds.
+        """
+        folder = self.path / "checkpoints" / checkpoint / "deepspeed"
+        foreign = [p for p in (folder, *folder.rglob("*")) if _is_foreign(p)]
+        if foreign:
+            raise ValueError(
+                f"{foreign[0]} belongs to another user (number {foreign[0].stat().st_uid}, you "
+                f"are {os.geteuid()}) and can run code when it is loaded, so this run is not "
+                "resumed; start another --run with --init-from "
+                f"{folder.parent / 'weights.safetensors'}"
+            )
+        return folder
+
     def drop_old_checkpoints(self) -> None:
         """Keep the newest checkpoints that state.json knows of; sweep the rest."""
         state = self.state()
@@ -209,7 +223,7 @@ class Run:
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a line, unless another process has taken the run over."""
         self.check_owner()
-        with (self.path / "metrics.jsonl").open("a") as stream:
+        with (self.path / METRICS_NAME).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def log_scalars(self, step: int, losses: Tensor) -> None:
@@ -222,7 +236,7 @@ class Run:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will repeat."""
-        file = self.path / "metrics.jsonl"
+        file = self.path / METRICS_NAME
         if file.is_file():
             lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
             console.write_bytes_atomic(file, "".join(f"{line}\n" for line in lines).encode())
@@ -238,6 +252,10 @@ class Run:
         return denoiser.to(device).eval().requires_grad_(False)
 
 
+def _is_foreign(file: Path) -> bool:
+    return file.exists() and file.stat().st_uid != os.geteuid()
+
+
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
@@ -251,14 +269,3 @@ def _first_difference(a: Any, b: Any) -> tuple[str, str]:
             if a.get(key) != b.get(key):
                 return f"{key} = {a.get(key)!r}", f"{key} = {b.get(key)!r}"
     return repr(a), repr(b)
-
-
-def commit() -> str:
-    """The commit of the working copy that runs, or "unknown" outside one."""
-    home = Path(__file__).resolve().parent.parent
-    if not (home / ".git").exists() or shutil.which("git") is None:
-        return "unknown"
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"

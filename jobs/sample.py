@@ -28,6 +28,7 @@ from model.generate import ArrayField
 from pipeline import console
 from pipeline.export import export_image
 from pipeline.ome import OmeImage
+from pipeline.plan import PYRAMID_FACTOR
 from pipeline.store import UNITS, Region, Store
 
 SUFFIXES = {"ome-tiff": ".ome.tif", "tiff": ".tif", "cog": ".cog.tif"}
@@ -36,7 +37,14 @@ SCALES = {2.0**-level: level for level in range(4)}
 
 @dataclass(frozen=True)
 class Sample:
-    """Paint images after the conditions of regions; the same command resumes."""
+    """Paint images after the conditions of regions; the same command resumes.
+
+        python -m jobs.sample run --condition dataset.zarr --out images
+        python -m jobs.sample run --condition dataset.zarr --out images --region 0 5 --seed 7
+        python -m jobs.sample run --condition dataset.zarr --out images --size 4096x8192
+
+    Each becomes an OME-Zarr image, and the files that --format names.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
@@ -56,10 +64,12 @@ class Sample:
     steps: int = 20
     """Evaluations of the denoiser; guidance evaluates twice in each. Both papers took 50."""
     seed: int = 0
+    """Another seed paints another image after the same condition."""
     guidance: float = 1.5
     """Classifier-free guidance; 1 is the condition alone, and twice as fast. Patch diffusion was
     published with 3."""
     solver: Literal["dpm++2m", "ddim"] = "dpm++2m"
+    """How a step is taken: of second order, or of first."""
     tile: str = "auto"
     """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
     overlap: float | None = None
@@ -156,23 +166,20 @@ def sample(options: Sample) -> int:
     recipe, channels = plan.recipe, len(plan.config.packs.bands)
     fields = 4 if SOLVERS[options.solver].remembers else 2
     work_bytes = 4 * fields * channels * recipe.height * recipe.width
-    console.say(
+    console.say_plan(
         f"sample: {len(plan.regions)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
         f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}, guidance "
         f"{recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
-        + (
-            f", windows overlapping by {recipe.overlap:g}; "
-            if recipe.overlap is not None
-            else "; "
-        )
-        + f"{work_bytes / 1e9:.2f} GB of work on disk"
+        + ("" if recipe.overlap is None else f", windows overlapping by {recipe.overlap:g}"),
+        options.out,
+        _needed_bytes(options, plan, work_bytes),
     )
     if options.dry_run:
         return console.EXIT_DONE
     run = Run(options.run)
     denoiser = run.load_denoiser(device=plan.device)
     for region in plan.regions:
-        name = f"{region.image}_region{region.index}_seed{options.seed}"
+        name = _name(options, region)
         identity = _identity(options, run, store, plan, region)
         record = options.out / f"{name}.json"
         if record.is_file():
@@ -182,7 +189,6 @@ def sample(options: Sample) -> int:
             layout = _layout(options, store, plan, region)
             if continued := in_words(layout, plan.size_px):
                 console.say(f"sample: region {region.index}: {continued}")
-            console.check_free_disk(options.out, 2 * work_bytes)
             cost = _paint(options, store, denoiser, plan, region, name, identity)
             console.write_json_atomic(
                 record, {"image": f"{name}.zarr", "identity": identity, **cost}
@@ -194,6 +200,20 @@ def sample(options: Sample) -> int:
         shutil.rmtree(options.out / f".work-{name}", ignore_errors=True)
     console.say(f"sample: done, {options.out}")
     return console.EXIT_DONE
+
+
+def _name(options: Sample, region: Region) -> str:
+    return f"{region.image}_region{region.index}_seed{options.seed}"
+
+
+def _needed_bytes(options: Sample, plan: Plan, work_bytes: int) -> int:
+    """Most that the images not yet painted take: pixels, exports, the fields of one painting."""
+    todo = [r for r in plan.regions if not (options.out / f"{_name(options, r)}.json").is_file()]
+    packs = plan.config.packs
+    values = len(packs.bands) * plan.recipe.height * plan.recipe.width
+    pixel_bytes = int(PYRAMID_FACTOR * np.dtype(packs.dtype).itemsize * values)
+    files = 1 + sum({"zarr": 0, "cog": 2}.get(kind, 1) for kind in options.format)
+    return len(todo) * files * pixel_bytes + (work_bytes if todo else 0)
 
 
 def _identity(
@@ -307,7 +327,7 @@ def _write_image(plan: Plan, field: ArrayField, path: Path, attributes: dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Sample, sample, argv, prog="jobs.sample")
+    return console.run(Sample, sample, argv, prog="python -m jobs.sample")
 
 
 if __name__ == "__main__":

@@ -20,19 +20,25 @@ from torch import Tensor
 from jobs.data import Batch, Batches
 from jobs.engine import Ranks, build, from_first_rank, join, leave
 from jobs.preview import write_preview
-from jobs.run import HEARTBEAT_S, Run, RunConfig, RunState
+from jobs.record import HEARTBEAT_S, RunState
+from jobs.run import Run, RunConfig
 from model.config import preset
 from model.family import Denoiser, make_denoiser, make_objective
 from pipeline import console
 from pipeline.packfile import PackSet
+
+PROG = "python -m jobs.train"
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a denoiser on packs; the same command resumes.
 
-    Also under the launchers: deepspeed --no_local_rank --module jobs.train PACKS --run RUN, srun,
-    torchrun.
+        python -m jobs.train packs --run run --preset tiny --steps 2000 --batch 4
+        torchrun --nproc-per-node 8 -m -- jobs.train packs --run run
+        deepspeed --no_local_rank --module jobs.train packs --run run
+
+    Under srun every task is a rank.
     """
 
     packs: Annotated[Path, tyro.conf.Positional]
@@ -49,6 +55,7 @@ class Train:
     batch: int = 16
     """Regions in one step, over all ranks."""
     learning_rate: float = 1e-4
+    """Peak of the schedule of AdamW."""
     warmup: int = 200
     """Steps over which the learning rate rises; it falls by a cosine to a tenth at the end."""
     ema: float = 0.999
@@ -56,7 +63,7 @@ class Train:
     condition_dropout: float = 0.1
     """How often a condition is dropped, for guidance."""
     augment: bool = True
-    """Turn and mirror regions."""
+    """Regions are turned and mirrored; --no-augment leaves them as they are."""
     noise_floor: float = 0.005
     """Least noise variance of an octave coarser than the lattice; 0 is white noise, which patch
     diffusion always has."""
@@ -67,7 +74,9 @@ class Train:
     save_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
     seed: int = 0
+    """Another seed starts from other weights and sees other batches and noise."""
     init_from: str | None = None
     """Weights to start from: weights.safetensors or ema.safetensors of another run."""
     dry_run: bool = False
@@ -117,10 +126,11 @@ def train(options: Train) -> int:
         f"steps of {options.batch} regions, log-SNR {low:.1f} to {high:.1f}"
         + (f", at most {options.max_minutes:g} minutes" if options.max_minutes else "")
     )
-    if options.dry_run:
-        console.say(plan)
-        return console.EXIT_DONE
     run = Run(options.run)
+    needed_bytes = run.checkpoint_bytes(parameters)
+    if options.dry_run:
+        console.say_plan(plan, options.run, needed_bytes)
+        return console.EXIT_DONE
     ranks = join()
     if options.batch % ranks.world:
         raise ValueError(
@@ -132,9 +142,8 @@ def train(options: Train) -> int:
         if _finished(before, options):
             console.say(f"train: {options.run} is already done")
         else:
-            console.check_free_disk(options.run, 40 * parameters)
-            run.claim(config)
-            console.say(plan)
+            console.say_plan(plan, options.run, needed_bytes)
+            run.claim(config, console.command_line(PROG, options))
     before = from_first_rank(before, ranks)
     status = "done"
     if not _finished(before, options):
@@ -210,8 +219,12 @@ class Trainer:
         started = time.monotonic()
         source = batches.iterate(first, self.ranks.rank, self.ranks.world)
         step, status = first, "done"
+        limit_s = options.max_minutes and 60 * options.max_minutes - seconds_before
         for step in console.progress(
-            range(first + 1, options.steps + 1), total=options.steps - first, desc="train"
+            range(first + 1, options.steps + 1),
+            total=options.steps - first,
+            desc="train",
+            limit_s=limit_s,
         ):
             batch = next(source).to(self.ranks.device)
             seconds, stopping = self._agree(seconds_before + time.monotonic() - started)
@@ -304,12 +317,12 @@ class Trainer:
         torch.distributed.barrier()
 
     def _resume(self, before: RunState) -> int:
-        folder = self.run.path / "checkpoints" / str(before.checkpoint)
-        loaded, _ = self.engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
+        folder = self.run.own_engine_state(str(before.checkpoint))
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="state")
         if loaded is None:
             raise ValueError(
-                f"{folder} has lost its deepspeed folder, so the run cannot go on; start another "
-                f"--run with --init-from {folder / 'weights.safetensors'}"
+                f"{folder.parent} has lost its deepspeed folder, so the run cannot go on; start "
+                f"another --run with --init-from {folder.parent / 'weights.safetensors'}"
             )
         ema = self.run.read_weights(before.step, "ema")
         self.ema = {name: value.to(self.ranks.device) for name, value in ema.items()}
@@ -320,7 +333,7 @@ class Trainer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Train, train, argv, prog="jobs.train")
+    return console.run(Train, train, argv, prog=PROG)
 
 
 if __name__ == "__main__":

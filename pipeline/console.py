@@ -1,21 +1,26 @@
 """How every command of the project behaves at a terminal.
 
 A command is a frozen dataclass (its fields are the options, their docstrings the help) and a body.
-The body returns an exit code: 0 all done, 3 finished but some inputs failed. A `ValueError` is the
-user's mistake: its sentence goes to standard error and the exit code is 2. Whatever takes long
-shows progress, and files that mark progress are replaced by rename so that a killed process never
-leaves half of one.
+The dataclass's docstring is one sentence, then commands to copy, indented, then what else there is
+to know. The body returns an exit code: 0 all done, 3 finished but some inputs failed. A
+`ValueError` is the user's mistake: its sentence goes to standard error and the exit code is 2.
+Long work begins with a plan that says what disk it needs and what is free, and stops there if that
+is too little. It shows progress, and files that mark progress are replaced by rename so that a
+killed process never leaves half of one.
 """
 
+import inspect
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from tqdm import tqdm
@@ -25,6 +30,11 @@ C = TypeVar("C")
 
 REPORT_EVERY_S = 30.0
 EXIT_DONE, EXIT_USAGE, EXIT_PARTIAL, EXIT_PREEMPTED = 0, 2, 3, 75
+HELP = (
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.DisallowNone,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
 
 
 def run(
@@ -34,7 +44,9 @@ def run(
     code 2.
     """
     try:
-        options = tyro.cli(config, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        options = tyro.cli(
+            config, args=argv, prog=prog, description=inspect.getdoc(config), config=HELP
+        )
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
@@ -44,24 +56,70 @@ def run(
         return EXIT_USAGE
 
 
+def command_line(prog: str, options: Any) -> str:
+    """The shortest command that `run` parses into `options`, a flat dataclass: what differs from
+    the defaults.
+    """
+    positional, named = [], []
+    hints = get_type_hints(type(options), include_extras=True)
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if value == item.default:
+            continue
+        values = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+        flag = item.name.replace("_", "-")
+        if tyro.conf.Positional in getattr(hints[item.name], "__metadata__", ()):
+            positional += values
+        elif isinstance(value, bool):
+            named.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            named += [f"--{flag}", *values]
+    return f"{prog} {shlex.join([*positional, *named])}"
+
+
 def say(message: str) -> None:
     """Print one line at once, also when standard output is a file."""
     print(message, flush=True)
 
 
-def progress(items: Iterable[T], *, total: int, desc: str) -> Iterator[T]:
-    """Yield `items` under a bar on a terminal, or a line every 30 s elsewhere."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=desc)
-        return
+def size(num_bytes: int) -> str:
+    """Bytes for people, such as 1.2 GB."""
+    for unit, worth in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= worth:
+            return f"{num_bytes / worth:.{0 if num_bytes >= 99.5 * worth else 1}f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def say_plan(plan: str, folder: Path, needed_bytes: int) -> None:
+    """Print a plan and the disk that it takes where `folder` lies; a `ValueError` when less is
+    free.
+    """
+    free = _free_bytes(folder)
+    say(f"{plan}\ndisk: {size(needed_bytes)} needed at most, {size(free)} free at {folder}")
+    check_free_disk(folder, needed_bytes)
+
+
+def progress(
+    items: Iterable[T], *, total: int, desc: str, limit_s: float | None = None
+) -> Iterator[T]:
+    """Yield `items` under a bar on a terminal, or a line every 30 s elsewhere.
+
+    Where the caller stops after `limit_s`, the time left is that of the nearer end.
+    """
+    bar = tqdm(total=total, desc=desc, disable=not sys.stderr.isatty())
     started = reported = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now - reported >= REPORT_EVERY_S:
-            reported = now
-            left_s = (now - started) / max(done, 1) * (total - done)
-            say(f"{desc}: {done} of {total}, about {left_s:.0f} s left")
-        yield item
+    with bar:
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            end_s = float("inf") if limit_s is None else max(limit_s - (now - started), 0.0)
+            if limit_s is not None:
+                bar.set_postfix_str(f"at most {end_s:.0f} s left", refresh=False)
+            if bar.disable and now - reported >= REPORT_EVERY_S:
+                reported = now
+                left_s = min((now - started) / max(done, 1) * (total - done), end_s)
+                say(f"{desc}: {done} of {total}, about {left_s:.0f} s left")
+            yield item
+            bar.update()
 
 
 @contextmanager
@@ -111,13 +169,16 @@ def check_free_disk(folder: Path, needed_bytes: int) -> None:
     """Raise a `ValueError` when the disk that will hold `folder` has less than `needed_bytes`
     free.
     """
+    free = _free_bytes(folder)
+    if free < needed_bytes:
+        raise ValueError(
+            f"{folder} needs about {size(needed_bytes)} but its disk has {size(free)} free; "
+            "make room or choose another folder"
+        )
+
+
+def _free_bytes(folder: Path) -> int:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise ValueError(
-            f"{folder} needs about {needed_bytes / 1e9:.2f} GB but its disk has {free / 1e9:.2f} "
-            "GB free; "
-            "make room or choose another folder"
-        )
+    return shutil.disk_usage(existing).free

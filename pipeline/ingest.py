@@ -22,15 +22,15 @@ from pipeline.cluster import connect
 from pipeline.console import (
     EXIT_DONE,
     EXIT_PARTIAL,
-    check_free_disk,
     progress,
     run,
     say,
+    say_plan,
     write_bytes_atomic,
 )
 from pipeline.coordinate import choose_regions, count_shards, run_jobs, run_previews
 from pipeline.lock import hold_lock
-from pipeline.plan import Plan, make_plan, needed_bytes, print_plan
+from pipeline.plan import Plan, describe_plan, make_plan, needed_bytes
 from pipeline.regions import CELL_PX
 from pipeline.store import Store
 
@@ -43,20 +43,22 @@ MIN_FRACTIONS = {"um": 0.25, "m": 0.9}  # glass is content, missing data is not
 class Options:
     """Ingest slides or aerial images into a dataset store.
 
+        python -m pipeline.ingest slides/ --out dataset.zarr --region auto
+        python -m pipeline.ingest 'naip/m_*.tif' --out naip.zarr --gsd 0.6 --region 1024
+        python -m pipeline.ingest cohort.csv --out cohort.zarr --mpp 1 --cluster slurm --workers 8
+
     The same command again finishes what is missing and repeats nothing.
     """
 
-    inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders, globs, or CSV files (path,mpp,gsd,patient,split,label; mpp and gsd are the
-    source's). A folder is searched for names that end like an image's (.svs, .ndpi, .tif, .png
-    ...) and for files without an ending that begin like one.
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT ...")]
+    """Files, folders, globs, or CSV files with columns path,mpp,gsd,patient,split,label (mpp and
+    gsd are the source's). A folder is searched for names that end like an image's (.svs, .ndpi,
+    .tif, .png ...) and for files without an ending that begin like one.
     """
     out: Path
     """The store to make or to continue, such as dataset.zarr."""
     mpp: float | None = None
-    """Target resolution of slides in µm per pixel; without it, the coarsest native one of all
-    inputs.
-    """
+    """Target resolution of slides in µm per pixel; without it, the coarsest native one."""
     gsd: float | None = None
     """Target resolution of aerial images in m per pixel."""
     source_mpp: float | None = None
@@ -64,21 +66,18 @@ class Options:
     source_gsd: float | None = None
     """What an aerial image's pixels measure in m, instead of what its file says or lacks."""
     region: str = "4096"
-    """Side of the regions to learn from, in px of the store; auto: the largest power of two up to
-    4096 that passes.
-    """
+    """Side in px of the regions to learn from; auto: the largest power of two that passes."""
     stride: int | None = None
-    """Step of the grid of regions in px; without it, their side, so that regions do not overlap.
-    """
+    """Step of the grid of regions in px; without it, their side: no two overlap."""
     min_tissue: float | None = None
-    """Least fraction of a region that is tissue (slides; by default 0.25) or valid data (aerial;
-    by default 0.9).
+    """Least fraction of a region, 0 to 1, that is tissue (slides; by default 0.25) or valid data
+    (aerial; by default 0.9).
     """
     cluster: str = "local"
     """Where work runs: inline, local, slurm, or a Dask scheduler's address tcp://HOST:PORT."""
     workers: int | None = None
     """Number of worker processes (local: one per core) or jobs (slurm: 1)."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    dry_run: bool = False
     """Print the plan and stop."""
 
 
@@ -101,7 +100,7 @@ def ingest(options: Options) -> int:
     )
     done = _done_before(plan, store)
     missing = [job for job in plan.jobs if job.image_id not in done]
-    print_plan(plan, len(done), options.stride)
+    say_plan(describe_plan(plan, len(done), options.stride), out, needed_bytes(missing, plan.spec))
     largest = max(min(job.shape[1:]) for job in plan.jobs)
     if region > largest:
         raise ValueError(
@@ -109,7 +108,6 @@ def ingest(options: Options) -> int:
             f"{largest} px at the target "
             "resolution; give a smaller --region, or auto"
         )
-    check_free_disk(out, needed_bytes(missing, plan.spec))
     if options.dry_run:
         return EXIT_PARTIAL if plan.failures else EXIT_DONE
     with hold_lock(out / LOCK_NAME):

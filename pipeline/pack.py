@@ -24,6 +24,7 @@ from pipeline import console
 from pipeline.draws import Energy, Moments, RegionLevels
 from pipeline.packfile import (
     INDEX_NAME,
+    PLAN_NAME,
     PackSettings,
     PackStatistics,
     RegionEntry,
@@ -33,12 +34,18 @@ from pipeline.packfile import (
 from pipeline.store import Region, Store
 
 SHARD_BYTES = 256 * 2**20
-PLAN_NAME = "settings.json"
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Draw cells from every region of a store, many times, into WebDataset shards for training."""
+    """Draw cells from every region of a store, many times, into WebDataset shards for training.
+
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs --size-gb 50
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs --packs-per-region 8
+
+    The same command again finishes what is missing.
+    """
 
     store: Annotated[Path, tyro.conf.Positional]
     """The dataset store, already embedded."""
@@ -49,7 +56,7 @@ class Pack:
     points: int = 65_536
     """Values drawn from one region for one sample, however large the region."""
     packs_per_region: str = "auto"
-    """Draws of each region; auto: enough to score every pixel once, within --size-gb."""
+    """Draws of each region, or auto: enough to score every pixel once, within --size-gb."""
     size_gb: float = 4.0
     """Most that auto may write, in GB."""
     design: str = "zoom"
@@ -62,6 +69,7 @@ class Pack:
     coarse_level: int = 5
     """Level of the coarse lattice: cells of 2^level pixels."""
     seed: int = 0
+    """Another seed draws other cells."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -192,13 +200,16 @@ def pack(options: Pack) -> int:
     total = plan.region_bytes * len(plan.regions)
     design, extent = settings.make_design(), Extent(settings.side_px, settings.side_px)
     chains, levels = design.shape(extent)
-    console.say(
+    missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
+    console.say_plan(
         f"pack: {len(plan.regions)} regions of {settings.side_px} px, "
         f"{settings.packs_per_region} draws each, {design.num_values(extent)} values a draw "
         f"({chains * levels} windows of {design.window}x{design.window}), "
         f"tokens of {settings.encoder_key} at "
-        f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {total / 1e9:.2f} GB in "
-        f"{len(plan.shards)} shards"
+        f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {console.size(total)} "
+        f"in {len(plan.shards)} shards",
+        options.out,
+        total * len(missing) // len(plan.shards),
     )
     if options.dry_run:
         return console.EXIT_DONE
@@ -206,8 +217,6 @@ def pack(options: Pack) -> int:
     if (options.out / INDEX_NAME).is_file():
         console.say(f"pack: {options.out} is already done")
         return console.EXIT_DONE
-    missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
-    console.check_free_disk(options.out, total * len(missing) // len(plan.shards))
     for leftover in options.out.glob(".*.partial"):
         leftover.unlink()
     store = Store.open(options.store)
@@ -388,7 +397,7 @@ def _side_contents(out: Path, shards: int) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Pack, pack, argv, prog="pipeline.pack")
+    return console.run(Pack, pack, argv, prog="python -m pipeline.pack")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pipeline.embeddings import TokenLattice
 
 ABSENT = 65_535
 VALUE_SCALE = {"uint8": 256, "uint16": 1}
-INDEX_NAME = "index.json"
+INDEX_NAME, PLAN_NAME = "index.json", "settings.json"
 
 
 @dataclass(frozen=True)

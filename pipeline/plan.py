@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import progress, say
+from pipeline.console import progress, size
 from pipeline.ome import SHARD_PX
 from pipeline.readers import Reader, UnreadableError, open_reader
 from pipeline.readers.protocol import NAMES
@@ -168,15 +168,15 @@ def _target_note(items: Sequence[_Described], spec: StoreSpec) -> str:
     )
 
 
-def print_plan(plan: Plan, done: int, stride: int | None) -> None:
-    """Tell the user what is going to happen."""
+def describe_plan(plan: Plan, done: int, stride: int | None) -> str:
+    """Lines that tell the user what is going to happen."""
     spec = plan.spec
     name, sign = NAMES[spec.unit], "µm" if spec.unit == "um" else "m"
-    say(
+    lines = [
         f"images: {len(plan.jobs)}, {done} of them already done; "
-        f"cannot be used: {len(plan.failures)}"
-    )
-    say(f"target: {name} {spec.spacing:g} {sign}, {' '.join(spec.bands)}, {spec.dtype}")
+        f"cannot be used: {len(plan.failures)}",
+        f"target: {name} {spec.spacing:g} {sign}, {' '.join(spec.bands)}, {spec.dtype}",
+    ]
     if spec.region:
         step = stride or spec.region
         count = sum(
@@ -184,25 +184,19 @@ def print_plan(plan: Plan, done: int, stride: int | None) -> None:
             * max((j.shape[2] - spec.region) // step + 1, 0)
             for j in plan.jobs
         )
-        say(f"regions: at most {count} of {spec.region} px on a grid of {step} px")
+        lines.append(f"regions: at most {count} of {spec.region} px on a grid of {step} px")
     else:
-        say("regions: the largest power of two up to 4096 px for which some region passes")
-    say(
-        f"disk: at most {needed_bytes(plan.jobs, spec) / 1e9:.2f} GB for all images, "
-        "before compression"
+        lines.append("regions: the largest power of two up to 4096 px for which some passes")
+    lines.append(
+        f"memory: about {size(plan.worker_bytes)} for each worker, whatever the size of an image"
     )
-    say(
-        f"memory: about {plan.worker_bytes / 1e9:.1f} GB for each worker, "
-        "whatever the size of an image"
-    )
-    for note in plan.notes:
-        say(f"note: {note}")
-    for failure in plan.failures:
-        say(f"cannot be used: {failure.reason}")
+    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"cannot be used: {failure.reason}" for failure in plan.failures]
+    return "\n".join(lines)
 
 
 def needed_bytes(jobs: Sequence[ImageJob], spec: StoreSpec) -> int:
-    """An upper bound of what `jobs` take on disk."""
+    """An upper bound of what `jobs` take on disk: their pixels before compression."""
     depth = 2 if spec.dtype == "uint16" else 1
     return int(sum(j.shape[0] * j.shape[1] * j.shape[2] for j in jobs) * depth * PYRAMID_FACTOR)
 

@@ -10,6 +10,18 @@ from pathlib import Path
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+WITHOUT_TORCH = """
+import sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+"""
+"""Code that makes Python behave as where torch is not installed."""
+
 
 def start(
     module: str, arguments: Sequence[str], launcher: Sequence[str] = ("-m",)

@@ -1,6 +1,7 @@
 """Training with real DeepSpeed ranks: neither kills nor the number of ranks change it."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -117,3 +118,22 @@ def test_a_run_is_not_changed_under_its_feet(
     assert "choose one of tiny, small, brush, patch" in capsys.readouterr().err
     assert jobs.train.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "x").exists()
+
+
+def test_engine_state_of_another_user_is_not_loaded(
+    chain: Chain, undisturbed: Path, tmp_path: Path
+) -> None:
+    """It holds pickles. The user is another one here, instead of the files."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    before = {**state(folder), "status": "preempted", "step": 4, "checkpoint": "step-00000004"}
+    (folder / "state.json").write_text(json.dumps(before))
+    code = (
+        "import os, sys; os.geteuid = lambda: 2**31 - 7; import jobs.train; "
+        "sys.exit(jobs.train.main(sys.argv[2:]))"
+    )
+    arguments = train_arguments(chain, folder, STEPS)
+    output = run("jobs.train", arguments, ["-c", code], good=(2,))
+    assert "belongs to another user" in output
+    assert "--init-from" in output and "Traceback" not in output
+    assert state(folder)["step"] == 4

@@ -8,13 +8,14 @@ grow with the image.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
 
-from pipeline.console import EXIT_DONE, check_free_disk, run, say
+from pipeline.console import EXIT_DONE, check_free_disk, run, say, say_plan
 from pipeline.export.cog import parse_georeference, write_cog
 from pipeline.export.files import is_made, replacing, stamp_of
 from pipeline.export.tiff import (
@@ -44,6 +45,9 @@ JPEG_RATIO = 0.3
 @dataclass(frozen=True)
 class ExportOptions:
     """Write an OME-Zarr image as a pyramidal TIFF, an OME-TIFF or a cloud-optimised GeoTIFF.
+
+        python -m pipeline.export images/NAME.zarr --out image.ome.tif
+        python -m pipeline.export images/NAME.zarr --out image.tif --format tiff --compression jpeg
 
     ome-tiff opens in QuPath, Bio-Formats, napari and viv; tiff opens in OpenSlide with all its
     levels; cog opens in GIS.
@@ -90,12 +94,14 @@ def export_image(
     otherwise. Raises `ValueError` when the image is unfinished, when `format` or `compression`
     cannot hold it, and when `out` is somebody else's file.
     """
-    _Export.planned(source, out, format, compression, quality).write()
+    export = _Export.planned(source, out, format, compression, quality)
+    check_free_disk(out.parent, export.needed_bytes())
+    export.write()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(ExportOptions, _export, argv, prog="pipeline.export")
+    return run(ExportOptions, _export, argv, prog="python -m pipeline.export")
 
 
 def _export(options: ExportOptions) -> int:
@@ -104,7 +110,7 @@ def _export(options: ExportOptions) -> int:
     export = _Export.planned(
         options.image, options.out, chosen, options.compression, options.quality
     )
-    say(export.description())
+    say_plan(export.description(), options.out.parent, export.needed_bytes())
     if not options.dry_run:
         export.write()
     return EXIT_DONE
@@ -164,26 +170,31 @@ class _Export:
         return (
             f"{self.image.path} ({bands} × {height} × {width} {self.image.dtype}, "
             f"{self.image.num_levels} levels) -> "
-            f"{self.out} ({self.format}, {self.compression}, at most "
-            f"{self.most_bytes() / 1e9:.2f} GB)"
+            f"{self.out} ({self.format}, {self.compression})"
         )
 
-    def most_bytes(self) -> int:
-        """An upper bound of the disk that writing takes."""
+    def needed_bytes(self) -> int:
+        """An upper bound of the disk that writing takes; 0 where the file is there."""
+        if is_made(self.out, self.stamp):
+            return 0
         shapes = [self.image.level_shape(level) for level in range(self.image.num_levels)]
         raw = sum(int(np.prod(shape)) for shape in shapes) * np.dtype(self.image.dtype).itemsize
         most = int(raw * JPEG_RATIO) if self.compression == "jpeg" else raw
         return most + raw if self.format == "cog" else most
 
+    @cached_property
+    def stamp(self) -> str:
+        """Names the image and everything that decides the file."""
+        return stamp_of([_fingerprint(self.image), self.format, self.compression, self.quality])
+
     def write(self) -> None:
         """Write the file, unless it is there."""
-        stamp = stamp_of([_fingerprint(self.image), self.format, self.compression, self.quality])
+        stamp = self.stamp
         if is_made(self.out, stamp):
             say(f"{self.out} is there and was made from this image in this way: kept")
             return
         if self.out.exists():
             say(f"{self.out} was made from another image or in another way: replaced")
-        check_free_disk(self.out.parent, self.most_bytes())
         image = self.image
         levels = [_level(image, level) for level in range(image.num_levels)]
         pixels = PixelFormat(image.shape[0], image.dtype, image.spacing, image.unit)

@@ -9,15 +9,18 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.console import EXIT_DONE, run, say
-from pipeline.phantom.files import draw_aerial, draw_slide
+from pipeline.console import EXIT_DONE, run, say_plan
+from pipeline.phantom.files import (
+    draw_aerial,
+    draw_slide,
+    needed_aerial_bytes,
+    needed_slide_bytes,
+)
 
 
 @dataclass(frozen=True)
 class SlideOptions:
-    """Draw a slide that looks like haematoxylin and eosin, as a pyramidal TIFF that OpenSlide
-    opens.
-    """
+    """Draw a slide that looks like haematoxylin and eosin, as a TIFF that OpenSlide opens."""
 
     out: Path
     """The .tif to write."""
@@ -53,7 +56,14 @@ class AerialOptions:
 
 @dataclass(frozen=True)
 class PhantomOptions:
-    """Draw a picture by code: the same seed and size always give the same pixels."""
+    """Draw a slide or an aerial scene by code, for trying the chain without data.
+
+        python -m pipeline.phantom slide --out phantom.tif
+        python -m pipeline.phantom slide --out small.tif --height-px 2048 --width-px 3072 --seed 7
+        python -m pipeline.phantom aerial --out scene.tif --gsd 0.3
+
+    The same seed and size always give the same pixels.
+    """
 
     scene: tyro.conf.OmitSubcommandPrefixes[
         Annotated[SlideOptions, tyro.conf.subcommand("slide")]
@@ -63,30 +73,25 @@ class PhantomOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(PhantomOptions, _draw, argv, prog="pipeline.phantom")
+    return run(PhantomOptions, _draw, argv, prog="python -m pipeline.phantom")
 
 
 def _draw(options: PhantomOptions) -> int:
     scene = options.scene
+    place = (scene.out, scene.height_px, scene.width_px)
     size = f"{scene.height_px} × {scene.width_px} px"
     if isinstance(scene, SlideOptions):
-        say(f"a slide of {size} of {scene.mpp} µm, seed {scene.seed} -> {scene.out}")
-        if not scene.dry_run:
-            draw_slide(
-                scene.out,
-                height_px=scene.height_px,
-                width_px=scene.width_px,
-                mpp=scene.mpp,
-                seed=scene.seed,
-            )
+        plan = f"a slide of {size} of {scene.mpp} µm, seed {scene.seed} -> {scene.out}"
+        needed = needed_slide_bytes(*place, scene.mpp, scene.seed)
+    else:
+        plan = f"an aerial scene of {size} of {scene.gsd} m, seed {scene.seed} -> {scene.out}"
+        needed = needed_aerial_bytes(*place, scene.gsd, scene.seed)
+    say_plan(plan, scene.out.parent, needed)
+    if scene.dry_run:
         return EXIT_DONE
-    say(f"an aerial scene of {size} of {scene.gsd} m, seed {scene.seed} -> {scene.out}")
-    if not scene.dry_run:
-        draw_aerial(
-            scene.out,
-            height_px=scene.height_px,
-            width_px=scene.width_px,
-            gsd=scene.gsd,
-            seed=scene.seed,
-        )
+    sides = {"height_px": scene.height_px, "width_px": scene.width_px}
+    if isinstance(scene, SlideOptions):
+        draw_slide(scene.out, **sides, mpp=scene.mpp, seed=scene.seed)
+    else:
+        draw_aerial(scene.out, **sides, gsd=scene.gsd, seed=scene.seed)
     return EXIT_DONE

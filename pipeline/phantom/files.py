@@ -17,7 +17,7 @@ from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from pipeline.console import check_free_disk, progress, say
+from pipeline.console import progress, say
 from pipeline.export.files import is_made, replacing, stamp_of
 from pipeline.export.tiff import TILE_PX, PixelFormat, TiffLevel, write_plain
 from pipeline.ome import halve, num_pyramid_levels
@@ -33,6 +33,22 @@ AERIAL_CRS = "EPSG:26911"
 AERIAL_CORNER_M = (430_000.0, 3_780_000.0)
 """Easting and northing of the scene's upper left corner."""
 OVERVIEWS = (2, 4, 8)
+
+
+SLIDE_BYTES_PER_PX, AERIAL_BYTES_PER_PX = 2, 6
+"""Upper bounds of what a picture takes on disk, scratch included."""
+
+
+def needed_slide_bytes(path: Path, height_px: int, width_px: int, mpp: float, seed: int) -> int:
+    """Most that `draw_slide` takes on disk; 0 where the file is there."""
+    made = is_made(path, _slide_stamp(height_px, width_px, mpp, seed))
+    return 0 if made else SLIDE_BYTES_PER_PX * height_px * width_px
+
+
+def needed_aerial_bytes(path: Path, height_px: int, width_px: int, gsd: float, seed: int) -> int:
+    """Most that `draw_aerial` takes on disk; 0 where the file is there."""
+    made = is_made(path, _aerial_stamp(height_px, width_px, gsd, seed))
+    return 0 if made else AERIAL_BYTES_PER_PX * height_px * width_px
 
 
 def draw_slide(
@@ -51,12 +67,11 @@ def draw_slide(
             f"mpp is {mpp} µm but nuclei can only be drawn at 0.1 to 2 µm a pixel; choose an "
             "mpp between"
         )
-    stamp = stamp_of(["slide", DRAWING, height_px, width_px, mpp, seed])
+    stamp = _slide_stamp(height_px, width_px, mpp, seed)
     if is_made(path, stamp):
         say(f"{path} is there and was drawn in this way: kept")
         return
     num_levels = num_pyramid_levels(height_px, width_px)
-    check_free_disk(path.parent, height_px * width_px * 2)
     slide = Slide(height_px, width_px, mpp, seed)
     with replacing(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as scratch:
         reduced = _reduced_levels(scratch, height_px, width_px, num_levels)
@@ -95,11 +110,10 @@ def draw_aerial(
             f"gsd is {gsd} m but roofs and trees can only be drawn at 0.1 to 5 m a pixel; "
             "choose a gsd between"
         )
-    stamp = stamp_of(["aerial", DRAWING, height_px, width_px, gsd, seed])
+    stamp = _aerial_stamp(height_px, width_px, gsd, seed)
     if is_made(path, stamp):
         say(f"{path} is there and was drawn in this way: kept")
         return
-    check_free_disk(path.parent, height_px * width_px * 6)
     scene = AerialScene(gsd, seed)
     with replacing(path) as temporary:
         with rasterio.open(
@@ -133,6 +147,14 @@ def draw_aerial(
             if factors:
                 image.build_overviews(factors, Resampling.average)
     say(f"{path}: {height_px} × {width_px} px of {gsd} m, bands {', '.join(BANDS)}")
+
+
+def _slide_stamp(height_px: int, width_px: int, mpp: float, seed: int) -> str:
+    return stamp_of(["slide", DRAWING, height_px, width_px, mpp, seed])
+
+
+def _aerial_stamp(height_px: int, width_px: int, gsd: float, seed: int) -> str:
+    return stamp_of(["aerial", DRAWING, height_px, width_px, gsd, seed])
 
 
 def _check_size(height_px: int, width_px: int) -> None:
