@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,9 +22,6 @@ from PIL import Image
 from pipeline import console
 from pipeline.ome import OmeImage
 from pipeline.store import Region, Store
-
-if TYPE_CHECKING:
-    from jobs.run import RunConfig
 
 FEW_REGIONS = 16
 FREE_BYTES = 6_000_000_000
@@ -195,6 +192,7 @@ def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
 def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path) -> bool:
     """Draw every image beside its region; whether all are nearest to their own."""
     from jobs.metrics import layout_match
+    from jobs.pictures import liveliest, reduced
     from jobs.run import Run
 
     config, follow = Run(run).config(), True
@@ -206,11 +204,11 @@ def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, 
         follow &= match.follows
         side = min(own.side, *painted.shape[1:])
         crop = min(side, CROP_PX)
-        dy, dx = _liveliest(store.image(own.image), own.y, own.x, side, crop)
+        dy, dx = liveliest(store.image(own.image), own.y, own.x, side, crop)
         places = ((0, 0, side), (dy, dx, crop))
         corners = ((store.image(own.image), own.y, own.x), (painted, 0, 0))
         rows = [
-            _picture(image, y + dy, x + dx, extent, config)
+            reduced(image, y + dy, x + dx, extent, extent, config, PICTURE_PX)
             for image, y, x in corners
             for dy, dx, extent in places
         ]
@@ -227,30 +225,6 @@ def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, 
         )
     console.say(f"demo: done, {images}")
     return follow
-
-
-def _liveliest(image: OmeImage, y: int, x: int, side: int, crop: int) -> tuple[int, int]:
-    """Where, on a grid over a region, a square of `crop` px varies most: (y, x) in the region."""
-    best = (-1.0, 0, 0)
-    for dy in range(0, side - crop + 1, crop):
-        for dx in range(0, side - crop + 1, crop):
-            level = min(2, image.num_levels - 1)
-            extent = crop >> level
-            pixels = image.read((y + dy) >> level, (x + dx) >> level, extent, extent, level)
-            best = max(best, (float(pixels.std()), dy, dx))
-    return best[1:]
-
-
-def _picture(image: OmeImage, y: int, x: int, side: int, config: "RunConfig") -> np.ndarray:
-    """A square of an image as 8-bit RGB of PICTURE_PX a side."""
-    from jobs.preview import to_uint8
-
-    level = 0
-    while side >> (level + 1) >= PICTURE_PX:
-        level += 1
-    pixels = image.read(y >> level, x >> level, side >> level, side >> level, level)
-    shown = to_uint8(pixels.transpose(1, 2, 0).astype(np.float32), config)
-    return np.asarray(Image.fromarray(shown).resize((PICTURE_PX, PICTURE_PX)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
