@@ -16,6 +16,7 @@ STAGES = {
     "pack": ("pipeline.pack", "the random draws of training, done once"),
     "train": ("jobs.train", "the denoiser, on one device or many"),
     "sample": ("jobs.sample", "large images after the conditions of regions"),
+    "report": ("jobs.report", "a page about painted images, their run and their metrics"),
     "export": ("pipeline.export", "an image as pyramidal TIFF, OME-TIFF or COG"),
     "demo": ("jobs.demo", "the whole chain on one small input"),
 }

@@ -40,5 +40,7 @@ def reduced(
         level += 1
     rows, columns = max(height >> level, 1), max(width >> level, 1)
     pixels = as_rgb(image, y >> level, x >> level, rows, columns, config, level)
-    shown_height, shown_width = (max(n * longest // max(height, width), 1) for n in (height, width))
+    shown_height, shown_width = (
+        max(n * longest // max(height, width), 1) for n in (height, width)
+    )
     return np.asarray(Image.fromarray(pixels).resize((shown_width, shown_height)))
