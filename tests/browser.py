@@ -1,6 +1,7 @@
-"""A real headless Chromium, driven over its debugging pipe, that remembers what a page did wrong."""
+"""A real headless Chromium, driven over its debugging pipe; it remembers what a page did wrong."""
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -29,13 +30,21 @@ def find_chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends are none of the numbers that Chromium reads from and writes to."""
+    ends = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]
+
+
 class Browser:
     """One tab. `requests` are the addresses it asked for, `complaints` its errors and warnings."""
 
     def __init__(self, executable: str, profile: Path) -> None:
-        commands, self._to = os.pipe()
-        self._from, answers = os.pipe()
-        assert min(commands, answers) > 4, "the pipes would overwrite each other"
+        commands, self._to = _pipe()
+        self._from, answers = _pipe()
         launcher = [sys.executable, "-c", AS_3_AND_4, str(commands), str(answers), executable]
         self._process = subprocess.Popen(
             [*launcher, *FLAGS, f"--user-data-dir={profile}", "about:blank"],

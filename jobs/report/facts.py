@@ -37,7 +37,7 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
-def length(pixels: float, spacing: float, unit: str) -> str:
+def length(pixels: int | float, spacing: float, unit: str) -> str:
     """A length in the unit that suits it."""
     value = pixels * spacing
     for scale, name in LENGTHS.get(unit, ()):
@@ -50,7 +50,7 @@ def unit_name(unit: str) -> str:
     return "µm" if unit == "um" else unit
 
 
-def scale_bar(pixels: float, spacing: float, unit: str) -> tuple[float, str]:
+def scale_bar(pixels: int, spacing: float, unit: str) -> tuple[float, str]:
     """A round length of about a quarter of `pixels`: in pixels, and in words."""
     most = pixels * spacing / 3
     power = 10.0 ** math.floor(math.log10(most))
@@ -67,7 +67,7 @@ def seconds(value: float) -> str:
 def measures(metrics: dict[str, Any]) -> list[Measure]:
     """The table of metrics, of those that are there."""
     n = metrics.get("n") or {}
-    crops = f"{number(n.get('generated'))} painted and {number(n.get('real'))} real crops"
+    crops = f"{number(n.get('generated'))} generated and {number(n.get('real'))} real crops"
     rows = []
     if fid := metrics.get("crop_fid"):
         floor = number(fid.get("floor"))
@@ -98,6 +98,20 @@ def _measure(name: str, found: dict[str, Any], real: str, reading: str) -> Measu
     return Measure(name, number(found.get("value")), interval, real, reading)
 
 
+def protocol(metrics: dict[str, Any]) -> list[str]:
+    """In what space and by what rules the metrics were measured, in sentences."""
+    features, rules = metrics.get("features") or {}, metrics.get("protocol") or {}
+    sentences = []
+    if space := features.get("label") or features.get("name"):
+        size = f", {number(features['dim'])} dimensions" if "dim" in features else ""
+        sentences.append(f"Feature space: {space}{size}.")
+    if rules.get("description"):
+        sentences.append(str(rules["description"]))
+    if rules.get("real_split"):
+        sentences.append(f"Real images: {rules['real_split']}.")
+    return sentences
+
+
 def painting_facts(painting: Painting, spec: StoreSpec) -> Facts:
     """What one image is and what it cost."""
     height, width = painting.size
@@ -112,7 +126,7 @@ def painting_facts(painting: Painting, spec: StoreSpec) -> Facts:
     facts += [(label, number(recipe[key])) for key, label in names.items() if key in recipe]
     facts.append(("weights", str(identity.get("checkpoint"))))
     if "seconds" in painting.record:
-        facts.append(("painted in", seconds(painting.record["seconds"])))
+        facts.append(("painted in", seconds(float(painting.record["seconds"]))))
     if "peak_memory_gb" in painting.record:
         facts.append(("peak memory", f"{number(painting.record['peak_memory_gb'])} GB"))
     return facts
@@ -186,7 +200,8 @@ def commands(material: Material, arguments: Sequence[str]) -> list[tuple[str, st
         (_command(stage["command"]), seconds(float(stage.get("seconds", 0))))
         for stage in material.stages
     ]
-    painted = [] if recorded else [(sample_command(material, p), "") for p in material.paintings]
+    known = any(stage["command"][0] == "jobs.sample" for stage in material.stages)
+    painted = [] if known else [(sample_command(material, p), "") for p in material.paintings]
     return [*recorded, *painted, (_command(["jobs.report", *arguments]), "")]
 
 

@@ -50,7 +50,9 @@ def find_neighbours(material: Material) -> dict[str, Neighbourhood]:
         name, own = painting.name, painting.region
         layout: LayoutMatch | None
         if wanted <= layouts.get(name, {}).keys():
-            layout = LayoutMatch(**{key: layouts[name][key] for key in wanted})
+            found = layouts[name]
+            own_distance, other = float(found["own"]), float(found["nearest_other"])
+            layout = LayoutMatch(own_distance, other, int(found["nearest_other_region"]))
         else:
             layout = _layout(distances[name], [r for r in regions.values() if is_same(r, own)])
         if name not in known:

@@ -50,8 +50,8 @@
         box.style.height = 100 * side / height + "%";
         box.style.width = 100 * side / width + "%";
       }
-      outY.value = Math.round(place.y);
-      outX.value = Math.round(place.x);
+      outY.value = place.y;
+      outX.value = place.x;
     };
 
     const show = () => {
@@ -64,8 +64,8 @@
         for (const { pane, canvas, bitmap, reduction } of panels) {
           canvas.hidden = !(bitmap && away);
           if (canvas.hidden) continue;
-          const side = canvas.width = canvas.height = pane.clientWidth;
-          const corner = [place.x, place.y].map((centre) => Math.round(centre - side / 2) / reduction);
+          const side = canvas.width = canvas.height = Math.ceil(pane.getBoundingClientRect().width);
+          const corner = [place.x, place.y].map((centre) => (centre - (side >> 1)) / reduction);
           const extent = side / reduction;
           canvas.getContext("2d").drawImage(bitmap, ...corner, extent, extent, 0, 0, side, side);
         }
@@ -86,7 +86,8 @@
 
     const moveTo = (y, x) => {
       const { height, width } = panels[1];
-      place = { y: Math.min(Math.max(y, 0), height), x: Math.min(Math.max(x, 0), width) };
+      const within = (value, most) => Math.min(Math.max(Math.floor(value), 0), most - 1);
+      place = { y: within(y, height), x: within(x, width) };
       load();
       show();
     };

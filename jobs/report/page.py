@@ -56,12 +56,12 @@ def render(
     return environment.get_template("page.html").render(
         generator=GENERATOR,
         folder=folder,
-        title=f"{material.run.path.resolve().name} · {material.images.resolve().name}",
+        title="/".join(material.run.path.resolve().parts[-2:]),
         glance=_glance(material, neighbours),
         notices=_notices(material),
         paintings=paintings,
-        metrics=metrics,
         measures=facts.measures(metrics),
+        protocol=facts.protocol(metrics),
         octaves=[
             {key: facts.number(octave.get(key)) for key in ("real", "generated", "log2_ratio")}
             | {"px": " to ".join(facts.number(n) for n in octave.get("cells_px") or ("?",))}
@@ -74,9 +74,9 @@ def render(
         report=facts.report_facts(),
         commands=facts.commands(material, arguments),
         settings=_json(material.config.to_json()),
-        measured=_json(metrics),
+        measured="" if material.metrics is None else _json(metrics),
         metrics_file=str(material.metrics_file),
-        measuring=facts.flat((material.metrics or {}).get("provenance") or {}),
+        measuring=facts.flat(metrics.get("provenance") or {}),
         several_bands=_shown_bands(material.store.spec.bands),
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 INK, GRID = "#1d2127", "#dcdfe4"
 DARK = {INK: "#d8dce2", GRID: "#3a4048"}
@@ -43,11 +43,14 @@ STYLE: Any = {
 
 
 def plot_losses(lines: Sequence[dict[str, Any]], *, by_level: bool) -> bytes | None:
-    """The sum of the losses over steps, or the loss of each level; None where none is recorded."""
+    """The loss over steps, or that of each level where there are several; None where none is
+    recorded.
+    """
     steps = np.array([float(line["step"]) for line in lines])
     if by_level:
         rows = [line.get("level_losses") or [] for line in lines]
         count = min((len(row) for row in rows), default=0)
+        count = count if count > 1 else 0
         curves = {f"{1 << k} px": np.array([float(row[k]) for row in rows]) for k in range(count)}
     else:
         curves = {"": np.array([float(line["loss"]) for line in lines])}
@@ -55,17 +58,16 @@ def plot_losses(lines: Sequence[dict[str, Any]], *, by_level: bool) -> bytes | N
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()
-        colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(curves)))
-        for colour, (label, values) in zip(colours, curves.items(), strict=True):
-            chosen = colour if by_level else REAL
-            axes.plot(steps, values, color=chosen, alpha=0.25, linewidth=1)
+        for number, (label, values) in enumerate(curves.items()):
+            colour = f"C{number}"
+            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
             x, smooth = _running_mean(steps, values)
             marker = "o" if len(x) == 1 else None
-            axes.plot(x, smooth, color=chosen, linewidth=2, label=label, marker=marker)
+            axes.plot(x, smooth, color=colour, linewidth=2, label=label, marker=marker)
         if by_level:
             axes.legend(title="side of a cell", ncols=2, title_fontsize=10)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss of a level" if by_level else "loss, sum over levels")
+        axes.set_ylabel("loss of a level" if by_level else "loss")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.margins(x=0.02)
         return _svg(figure)
@@ -103,7 +105,9 @@ def plot_spectrum(octaves: Sequence[dict[str, Any]], *, ratio: bool) -> bytes | 
                 axes.plot(places, values, color=colour, marker=marker, linewidth=2, label=name)
             if all(o[name] > 0 for o in found for name in names):
                 axes.set_yscale("log")
-                axes.yaxis.set_minor_formatter(NullFormatter())
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.yaxis.set_minor_locator(NullLocator())
             axes.legend()
             axes.set_ylabel("variance of the octave")
         axes.set_xticks(places, [_octave(o, k) for k, o in enumerate(found)])
@@ -120,7 +124,7 @@ def _octave(octave: dict[str, Any], number: int) -> str:
 def _axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE_IN, layout="constrained")
     axes = figure.add_subplot()
-    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure, axes
 
 
