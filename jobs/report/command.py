@@ -63,7 +63,7 @@ def report(options: Report) -> int:
     needed_bytes = picture_bytes(material)
     console.say(
         f"report: {len(material.paintings)} images of {options.images}, run {material.run.path}, "
-        f"store {material.store.path}, {measured} -> {index}; at most {needed_bytes / 1e6:.0f} MB"
+        f"store {material.store.path}, {measured} -> {index}; about {needed_bytes / 1e6:.0f} MB"
     )
     if options.dry_run:
         return console.EXIT_DONE

@@ -32,14 +32,16 @@
       release();
       release = free;
       loading = true;
-      for (const panel of panels) {
+      painting.classList.add("loading");
+      const decoded = panels.map(async (panel) => {
         const picture = new Image();
         picture.src = panel.frame.dataset.full;
-        picture.decode().then(() => createImageBitmap(picture)).then((bitmap) => {
-          if (loading) panel.bitmap = bitmap; else bitmap.close();
-          show();
-        }).catch(() => {});
-      }
+        await picture.decode();
+        const bitmap = await createImageBitmap(picture);
+        if (loading) panel.bitmap = bitmap; else bitmap.close();
+        show();
+      });
+      Promise.allSettled(decoded).then(() => painting.classList.remove("loading"));
     };
 
     const mark = () => {

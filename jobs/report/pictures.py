@@ -192,6 +192,6 @@ def draw_steps(samples: Path, folder: Path, most: int) -> list[tuple[int, str]]:
 
 
 def picture_bytes(material: Material) -> int:
-    """About what the pictures take on disk, at most."""
+    """About what the pictures take on disk; noise takes all of it, tissue half."""
     pixels = sum(3 * p.size[0] * p.size[1] for p in material.paintings)
     return pixels + 4_000_000 * len(material.paintings)
