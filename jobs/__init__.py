@@ -1,1 +1,1 @@
-"""What runs on a machine: training, sampling, the demo, the command line."""
+"""What runs on a machine: training, sampling, the report, the demo, the command line."""

@@ -18,13 +18,14 @@ STAGES = {
     "train": ("jobs.train", "the denoiser, on one device or many"),
     "sample": ("jobs.sample", "large images after the conditions of regions"),
     "evaluate": ("jobs.evaluate", "Crop FID and more of painted images, with floors"),
+    "report": ("jobs.report", "a page about painted images, their run and their metrics"),
     "export": ("pipeline.export", "an image as pyramidal TIFF, OME-TIFF or COG"),
     "compare": ("jobs.compare", "contestants on equal terms, with their Crop FIDs"),
     "demo": ("jobs.demo", "the whole chain on one small input"),
     "info": ("jobs.info", "what a store, run, packs, encoder or image holds"),
     "doctor": ("jobs.doctor", "what this machine has, what is missing and how to get it"),
 }
-CHAIN = ("ingest", "pretrain", "embed", "pack", "train", "sample", "export")
+CHAIN = ("ingest", "pretrain", "embed", "pack", "train", "sample", "evaluate", "report", "export")
 LOOKING = ("info", "doctor")
 
 

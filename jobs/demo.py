@@ -28,9 +28,6 @@ from pipeline.ome import OmeImage
 from pipeline.regions import find_regions
 from pipeline.store import Region, Store
 
-if TYPE_CHECKING:
-    from jobs.run import RunConfig
-
 FEW_REGIONS = 16
 MANY_PIXELS = 64 * 4096**2
 MANY_TILES = 1 << 14
