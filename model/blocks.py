@@ -88,6 +88,7 @@ class LevelNet(nn.Module):
         self.token_film = zero_linear(token_width, 2 * width) if token_width else None
         self.blocks = nn.ModuleList(LocalBlock(width, kernel) for _ in range(blocks))
         self.head = zero_linear(width, channels)
+        self.gain = zero_linear(width, channels)
 
     def forward(
         self,
@@ -97,14 +98,19 @@ class LevelNet(nn.Module):
         tokens: Float[Tensor, "b h2 w2 t"] | None,
         present: Float[Tensor, "b h2 w2 1"],
     ) -> tuple[Float[Tensor, "b h2 w2 c"], Float[Tensor, "b h2 w2 f"]]:
-        """F, whose siblings sum to zero, and the level's features."""
+        """F, whose siblings sum to zero, and the level's features.
+
+        The gain lets features say how far a cell's own details are to be believed: where an image
+        is flat they are all noise.
+        """
         x = (self.observe(inputs) + repeat(self.inherit(parents))) * present
         film = self.film(self.embedding(log_snr))[:, None, None, :]
         if self.token_film is not None and tokens is not None:
             film = film + self.token_film(tokens)
         for block in self.blocks:
             x = block(x, film, present)
-        return detail(self.head(x)), x
+        own = inputs[..., : self.head.out_features]
+        return detail(self.head(x) + self.gain(x) * own), x
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -30,7 +30,7 @@ class CoarseNet(nn.Module):
         attended = config.unet_attention
         plain = len(config.unet_widths) - attended
         self.unet: Any = UNet2DConditionModel(
-            in_channels=cells * (config.channels + 1) + config.token_width,
+            in_channels=cells * (2 * config.channels + 1) + config.token_width,
             out_channels=cells * (config.channels + config.lattice_width),
             block_out_channels=config.unet_widths,
             layers_per_block=config.unet_layers,
@@ -46,7 +46,7 @@ class CoarseNet(nn.Module):
 
     def forward(
         self,
-        values: Float[Tensor, "b c h w"],
+        values: Float[Tensor, "b i h w"],
         present: Float[Tensor, "b 1 h w"],
         log_snr: Float[Tensor, " b"],
         tokens: Float[Tensor, "b n t"],
@@ -54,8 +54,8 @@ class CoarseNet(nn.Module):
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b f h w"]]:
         """F and features at every cell.
 
-        `values` are preconditioned observations; `looked_up` are tokens at the patches of the
-        padded lattice.
+        `values` are preconditioned observations and their linear estimate; `looked_up` are tokens
+        at the patches of the padded lattice.
         """
         h, w = values.shape[-2:]
         x = F.pad(

@@ -1,11 +1,12 @@
 """The pyramid denoiser: a U-Net on the exact coarse means, then level by level down to the pixel.
 
 Observed is y = u_t / sqrt(abar) as area means over cells. At the coarse lattice (cells of 32 px) a
-U-Net with cross-attention to the tokens estimates u_0's means. Each finer level predicts its
-values from its parents by their slopes, corrects that with its own observed details (a Wiener
-step), and then with a small local network that sees its parents' features: three terms, of which
-only the last is learned. Siblings' details sum to zero, so that a cell's estimate *is* the mean of
-the estimates below it; the layout is decided at the lattice and never contradicted by the pixels.
+U-Net with cross-attention to the tokens corrects their linear estimate (`wiener`). Each finer
+level predicts its values from its parents by their slopes, corrects that with its own observed
+details (a Wiener step), and then with a small local network that sees its parents' features: three
+terms, of which only the last is learned. Siblings' details sum to zero, so that a cell's estimate
+*is* the mean of the estimates below it; the layout is decided at the lattice and never
+contradicted by the pixels.
 
 In training levels are windows (`design.ZoomDesign`), in generation they are dense; the same
 `descend` computes both, and both meet the same statistics.
@@ -23,6 +24,7 @@ from model.coarse import CoarseNet
 from model.config import PyramidConfig
 from model.haar import detail, repeat, slope_detail
 from model.process import Octaves, precondition
+from model.wiener import wiener
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,17 @@ class PyramidDenoiser(nn.Module):
             self.coarse.patch_centres(h, self.config.coarse_px, device).expand(b, -1),
             self.coarse.patch_centres(w, self.config.coarse_px, device).expand(b, -1),
         )
+        observed = observed * present
+        known = wiener(self.octaves, observed, log_snr) * present
+        scale = self.octaves.variances(level)[0] ** -0.5
         out, features = self.coarse(
-            (observed * factors.c_in * present).permute(0, 3, 1, 2),
+            torch.cat([observed * factors.c_in, known * scale], dim=-1).permute(0, 3, 1, 2),
             present.permute(0, 3, 1, 2),
             factors.log_snr,
             tokens.attended,
             looked_up.permute(0, 3, 1, 2),
         )
         correction = out.permute(0, 2, 3, 1)
-        known = observed * factors.c_skip * present
         estimate = (known + factors.c_out * correction) * present
         layer = Layer(estimate, features.permute(0, 2, 3, 1) * present, present)
         return Descent(layer, correction, known)

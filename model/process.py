@@ -13,6 +13,7 @@ sqrt(abar) = u_0 + sigma xi, signal variance S and noise variance N = sigma^2 n,
 
 where mu is what the coarser levels predict; F has unit variance as input, as output and in the
 loss. The sum over levels of the mean loss at each is Theorem 1's norm C^{-1/2} in the Haar basis.
+The lattice holds several octaves, whose linear estimate is `wiener`'s; c_out is that one's error.
 """
 
 from dataclasses import dataclass
@@ -72,6 +73,16 @@ class Octaves:
         signal = self.signal[level] if level >= self.coarse_level else self.residual[level]
         return float(torch.log(torch.tensor(max(signal, _LEAST_VARIANCE) / noise)))
 
+    def lattice_error(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Variance of the error of the lattice's linear estimate (see `wiener`): the sum of S N /
+        (S + N) over its octaves.
+        """
+        total = torch.zeros_like(log_snr)
+        for level in range(self.coarse_level, self.noise.top_level + 1):
+            signal = max(self.signal[level], _LEAST_VARIANCE)
+            total = total + signal * torch.sigmoid(-log_snr - self.offset(level))
+        return total
+
     def log_snr_range(self, margin: float = 6.0) -> tuple[float, float]:
         """From -margin in the easiest octave to +margin in the hardest."""
         offsets = [self.offset(level) for level in range(self.noise.top_level + 1)]
@@ -94,10 +105,13 @@ def precondition(octaves: Octaves, level: int, log_snr: Float[Tensor, " b"]) -> 
     signal, noise = octaves.variances(level)
     total_noise = noise * torch.exp(-log_snr)
     total = signal + total_noise
+    error = signal * total_noise / total
+    if level == octaves.coarse_level:
+        error = octaves.lattice_error(log_snr)
     shape = (-1, 1, 1, 1)
     return Preconditioning(
         c_in=total.rsqrt().view(shape),
         c_skip=(signal / total).view(shape),
-        c_out=(signal * total_noise / total).sqrt().view(shape),
+        c_out=error.sqrt().view(shape),
         log_snr=torch.log(signal / total_noise),
     )
