@@ -91,7 +91,8 @@ def _georeference(
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(plain, "r+") as image:
             image.crs, image.transform = georeference
-            image.nodata = nodata
+            if nodata is not None:
+                image.nodata = nodata
             image.descriptions = tuple(bands)
 
 

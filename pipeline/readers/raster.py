@@ -45,7 +45,9 @@ NIR_NAMES = ("nir", "nir1", "near infrared", "near-infrared", "nearinfrared")
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """GDAL without network, and without a warning about files that have no georeference."""
+    """GDAL without network, and without warnings about files that have no georeference, or
+    that have both a nodata value and a band called alpha.
+    """
     with (
         warnings.catch_warnings(),
         rasterio.Env(
@@ -53,6 +55,7 @@ def _offline() -> Iterator[None]:
         ),
     ):
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        warnings.simplefilter("ignore", rasterio.errors.NodataShadowWarning)
         yield
 
 
@@ -129,7 +132,8 @@ class RasterReader:
     def read_valid(self, y: int, x: int, height: int, width: int) -> Bool[np.ndarray, "h w"]:
         """Which pixels of a box hold data."""
         valid = (self.read(y, x, height, width) != 0).any(axis=0)
-        flags = self._data.mask_flag_enums[self._indexes[0] - 1]
+        with _offline():
+            flags = self._data.mask_flag_enums[self._indexes[0] - 1]
         if self._alpha is not None:
             alpha = self._alpha
             return valid & (
