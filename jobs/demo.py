@@ -14,27 +14,20 @@ region is conditioned by many regions side by side (`conditioning.layout`).
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from PIL import Image
 
 from jobs.stages import Progress
 from pipeline import console
 from pipeline.coordinate import read_coverages
-from pipeline.ome import OmeImage
 from pipeline.regions import find_regions
-from pipeline.store import Region, Store
+from pipeline.store import Store
 
 FEW_REGIONS = 16
 MANY_PIXELS = 64 * 4096**2
 MANY_TILES = 1 << 14
 SMALL_REGION_PX, LEAST_REGION_PX, LEAST_TOKEN_PX = 1024, 64, 64
 FREE_BYTES = 6_000_000_000
-PICTURE_PX = 640
-CROP_PX = 512
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ def demo(options: Demo) -> int:
     console.say_plan(
         f"demo: {', '.join(options.slides) or 'a phantom slide'} -> {out}: ingest, "
         f"pretrain, embed, pack, train for {options.train_minutes:g} minutes, paint "
-        f"{options.size}x{options.size} px; about 11 minutes on two cores",
+        f"{options.size}x{options.size} px, evaluate, report; about 12 minutes on two cores",
         out,
         0 if "jobs.sample" in progress.done else FREE_BYTES,
     )
@@ -129,8 +122,11 @@ def demo(options: Demo) -> int:
     if options.region is not None:
         arguments += ["--region", str(options.region)]
     progress.run("jobs.sample", arguments)
-    follows = _conclude(store, regions, Path(run), images, out)
-    return code if follows else console.EXIT_PARTIAL
+    metrics, report = out / "metrics.json", out / "report"
+    arguments = ["--real", store_path, "--generated", str(images), "--out", str(metrics)]
+    progress.run("jobs.evaluate", arguments)
+    progress.run("jobs.report", [str(images), "--out", str(report), "--metrics", str(metrics)])
+    return code if _follows(metrics, report) else console.EXIT_PARTIAL
 
 
 def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> int:
@@ -208,65 +204,21 @@ def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
     ]
 
 
-def _conclude(store: Store, regions: Sequence[Region], run: Path, images: Path, out: Path) -> bool:
-    """Draw every image beside its region; whether all are nearest to their own."""
-    from jobs.metrics import layout_match
-    from jobs.pictures import liveliest, reduced
-    from jobs.run import Run
-
-    config, follow = Run(run).config(), True
-    for file in sorted(images.glob("*.json")):
-        record = json.loads(file.read_text())
-        own = Region(**record["identity"]["region"])
-        painted = OmeImage.open(images / record["image"])
-        match = layout_match(painted, store, own, regions)
-        follow &= match.follows
-        side = min(own.side, *painted.shape[1:])
-        crop = min(side, CROP_PX)
-        dy, dx = liveliest(store.image(own.image), own.y, own.x, side, crop)
-        crops = (
-            reduced(image, y + dy, x + dx, crop, crop, config, PICTURE_PX)
-            for image, y, x in ((store.image(own.image), own.y, own.x), (painted, 0, 0))
-        )
-        layout = [[regions[k] for k in row] for row in record["identity"]["layout"]]
-        wholes = (
-            _laid_out(store, layout, painted.shape[1], config),
-            reduced(painted, 0, 0, *painted.shape[1:], config, PICTURE_PX),
-        )
-        sheet = np.concatenate(
-            [np.concatenate(pair, 0) for pair in zip(wholes, crops, strict=True)], 1
-        )
-        Image.fromarray(sheet).save(out / f"{file.stem}.png")
-        console.write_json_atomic(out / f"{file.stem}-layout.json", asdict(match))
+def _follows(metrics: Path, report: Path) -> bool:
+    """Say where to look; whether every image is nearest to the region that conditioned it."""
+    found = json.loads(metrics.read_text())
+    follows = True
+    for name, layout in found.get("layout", {}).items():
+        nearest = layout["own"] < layout["nearest_other"]
+        follows &= nearest
         console.say(
-            f"demo: {file.stem}: at 64x64 px the image is {match.own:.1f} grey levels from its "
-            f"own region and {match.nearest_other:.1f} from the nearest other "
-            f"({match.nearest_other_region}): it "
-            f"{'follows' if match.follows else 'DOES NOT follow'}"
-            f" its condition; picture (left what conditioned it, right painted; below a piece at "
-            f"full resolution): {out / file.stem}.png"
+            f"demo: {name}: at 64x64 px it is {layout['own']:.1f} grey levels from its own region "
+            f"and {layout['nearest_other']:.1f} from the nearest other "
+            f"({layout['nearest_other_region']}): it "
+            f"{'follows' if nearest else 'DOES NOT follow'} its condition"
         )
-    console.say(f"demo: done, {images}")
-    return follow
-
-
-def _laid_out(
-    store: Store, layout: Sequence[Sequence[Region]], size: int, config: "RunConfig"
-) -> np.ndarray:
-    """The real pixels of the regions whose tokens conditioned an image, where they did."""
-    from jobs.pictures import reduced
-
-    own = layout[0][0]
-    reflects = all(region == own for row in layout for region in row)
-    canvas, cell = Image.new("RGB", (PICTURE_PX, PICTURE_PX)), PICTURE_PX * own.side / size
-    for r, row in enumerate(layout):
-        for c, region in enumerate(row):
-            image, longest = store.image(region.image), max(round(cell), 1)
-            shown = reduced(image, region.y, region.x, own.side, own.side, config, longest)
-            if reflects:
-                shown = shown[:: -1 if r % 2 else 1, :: -1 if c % 2 else 1]
-            canvas.paste(Image.fromarray(shown), (round(c * cell), round(r * cell)))
-    return np.asarray(canvas)
+    console.say(f"demo: done, open {report / 'index.html'}")
+    return follows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,8 +6,8 @@
 
 Panels are the condition, the painting, and the nearest training region. Their pixels are those of
 the painting: at a scale below 1 the real ones come from that level of the store. A painting larger
-than its region is conditioned on the region and its mirror images (`conditioning.tokens.fit`), so
-that is what the panel of the condition shows.
+than its region is conditioned on the region and its mirror images, or on several regions side by
+side (`conditioning.layout`), so that is what the panel of the condition shows.
 """
 
 import shutil
@@ -79,6 +79,42 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Mosaic:
+    """Several boxes of one size side by side, as one."""
+
+    cells: tuple[tuple[Source, ...], ...]
+
+    @property
+    def height(self) -> int:
+        return sum(row[0].height for row in self.cells)
+
+    @property
+    def width(self) -> int:
+        return sum(cell.width for cell in self.cells[0])
+
+    def rgb(self, place: Place, config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
+        """A part of the first box, pixel for pixel."""
+        return self.cells[0][0].rgb(place, config)
+
+    def coarser(self, levels: int) -> "Mosaic":
+        return Mosaic(tuple(tuple(cell.coarser(levels) for cell in row) for row in self.cells))
+
+    def whole(self, longest: int, config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
+        """All of it, the longer side shown by about `longest` px."""
+        share = longest / max(self.height, self.width)
+        side = max(round(share * max(self.cells[0][0].height, self.cells[0][0].width)), 1)
+        return _joined([[cell.whole(side, config) for cell in row] for row in self.cells])
+
+    def full(self, config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
+        """All of it, pixel for pixel."""
+        return _joined([[cell.full(config) for cell in row] for row in self.cells])
+
+
+def _joined(cells: list[list[UInt8[np.ndarray, "h w 3"]]]) -> UInt8[np.ndarray, "h2 w2 3"]:
+    return np.concatenate([np.concatenate(row, axis=1) for row in cells], axis=0)
+
+
+@dataclass(frozen=True)
 class Panel:
     """The files of one panel, and what they show.
 
@@ -110,10 +146,10 @@ def draw_panels(
     """Write the pictures of a painting into `folder`, their names beginning with `slug`."""
     crop = _crop_place(material, painting)
 
-    def draw(role: str, source: Source, size: tuple[int, int]) -> Panel:
+    def draw(role: str, source: Source | Mosaic, size: tuple[int, int]) -> Panel:
         return _draw(material.config, role, source, size, crop, folder / f"{slug}-{role}")
 
-    condition = _of_region(material, painting, painting.region)
+    condition = _conditions(material, painting)
     panels = [
         draw("condition", condition, painting.size),
         draw("generated", Source(painting.image, 0, 0, *painting.size, 0), painting.size),
@@ -122,6 +158,21 @@ def draw_panels(
         source = _of_region(material, painting, nearest)
         panels.append(draw("nearest", source, painting.conditioned))
     return Panels(tuple(panels), crop)
+
+
+def _conditions(material: Material, painting: Painting) -> Source | Mosaic:
+    """The region that conditioned a painting, or those that did side by side."""
+    layout = painting.record["identity"].get("layout", [])
+    if len({number for row in layout for number in row}) < 2:
+        return _of_region(material, painting, painting.region)
+    regions, level = material.regions, painting.level
+    side = painting.region.side >> level
+
+    def source(region: Region) -> Source:
+        image = material.store.image(region.image)
+        return Source(image, region.y >> level, region.x >> level, side, side, level)
+
+    return Mosaic(tuple(tuple(source(regions[number]) for number in row) for row in layout))
 
 
 def _of_region(material: Material, painting: Painting, region: Region) -> Source:
@@ -141,7 +192,12 @@ def _crop_place(material: Material, painting: Painting) -> Place:
 
 
 def _draw(
-    config: RunConfig, role: str, source: Source, size: tuple[int, int], crop: Place, stem: Path
+    config: RunConfig,
+    role: str,
+    source: Source | Mosaic,
+    size: tuple[int, int],
+    crop: Place,
+    stem: Path,
 ) -> Panel:
     """Write the three files of a panel of `size`, continued by reflection where `source` ends."""
     shown = min(WHOLE_PX / max(size), 1.0)
@@ -162,7 +218,7 @@ def _draw(
         full=full.name,
         crop=cropped.name,
         size=size,
-        real=(source.height, source.width),
+        real=(min(source.height, size[0]), min(source.width, size[1])),
         full_reduction=1 << levels,
         full_bytes=full.stat().st_size,
     )
