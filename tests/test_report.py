@@ -37,6 +37,8 @@ METRICS: dict[str, Any] = {
     },
     "seams": {"real": 1.01, "generated": 1.07, "period_px": 32},
     "condition_cosine": {"own": 0.876, "other": 0.543},
+    "notes": ["few crops: read KID"],
+    "failed": {"gone.zarr": "it is not whole"},
     "provenance": {"commit": "abc123", "hardware": {"cores": 3}},
     "of a later version": [1, {"a": None}],
 }
@@ -269,6 +271,8 @@ def test_metrics_are_told_with_floor_interval_and_space(
         assert told in table
     for told in ("0.0123", "0.00045", "1.07", "0.876", "0.543", "an encoder of one's own"):
         assert told in table
+    for told in ("few crops: read KID", "gone.zarr could not be measured: it is not whole"):
+        assert told in table
     assert "encoder that also conditions" in browser.ask("document.body.innerText")
     assert "of a later version" in written.text()
     assert "python -m jobs.evaluate --real" in unmeasured.text()
@@ -293,6 +297,7 @@ def test_what_was_measured_of_neighbours_is_believed(painted: Case, tmp_path: Pa
     measured = {
         "layout": {
             names[0]: {"own": 77.25, "nearest_other": 66.5, "nearest_other_region": 5},
+            names[1]: {"own": 70, "nearest_other": None, "nearest_other_region": 3},
             "gone": {},
         },
         "nearest_train": {names[1]: {"region": 4, "distance": 55.125}},

@@ -80,7 +80,7 @@ def measures(metrics: dict[str, Any]) -> list[Measure]:
         rows.append(_measure("KID", kid, number(kid.get("floor")), reading))
     if seams := metrics.get("seams"):
         period = f", every {number(seams['period_px'])} px" if "period_px" in seams else ""
-        reading = "How much more pixels differ across tile borders than elsewhere; "
+        reading = "Mean step between neighbouring pixels there over that elsewhere; "
         reading += "without seams it is what real images show."
         values = (number(seams.get(name)) for name in ("generated", "real"))
         rows.append(Measure(f"Seams{period}", next(values), "", next(values), reading))
@@ -98,18 +98,23 @@ def _measure(name: str, found: dict[str, Any], real: str, reading: str) -> Measu
     return Measure(name, number(found.get("value")), interval, real, reading)
 
 
-def protocol(metrics: dict[str, Any]) -> list[str]:
-    """In what space and by what rules the metrics were measured, in sentences."""
-    features, rules = metrics.get("features") or {}, metrics.get("protocol") or {}
-    sentences = []
+def measuring_notes(metrics: dict[str, Any]) -> list[str]:
+    """In what space the metrics were measured, and what a reader of them should know."""
+    features = metrics.get("features") or {}
+    notes = []
     if space := features.get("label") or features.get("name"):
         size = f", {number(features['dim'])} dimensions" if "dim" in features else ""
-        sentences.append(f"Feature space: {space}{size}.")
-    if rules.get("description"):
-        sentences.append(str(rules["description"]))
-    if rules.get("real_split"):
-        sentences.append(f"Real images: {rules['real_split']}.")
-    return sentences
+        notes.append(f"Feature space: {space}{size}.")
+    notes += [str(note) for note in metrics.get("notes") or ()]
+    failed = metrics.get("failed") or {}
+    return notes + [f"{name} could not be measured: {why}" for name, why in failed.items()]
+
+
+def protocol(metrics: dict[str, Any]) -> list[str]:
+    """By what rules the metrics were measured."""
+    rules = metrics.get("protocol") or {}
+    real = f"Real images: {rules['real_split']}." if rules.get("real_split") else ""
+    return [str(text) for text in (rules.get("description"), real) if text]
 
 
 def painting_facts(painting: Painting, spec: StoreSpec) -> Facts:

@@ -5,7 +5,7 @@ What jobs.evaluate measured is taken from it; what it did not, is measured here 
 the regions, each read once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,28 +32,26 @@ class Neighbourhood:
 def find_neighbours(material: Material) -> dict[str, Neighbourhood]:
     """The neighbourhood of every painting, by its name."""
     regions = {region.index: region for region in material.regions}
-    layouts, trained = (_measured(material, name) for name in ("layout", "nearest_train"))
-    known = {
-        name: (found["region"], float(found["distance"]))
-        for name, found in trained.items()
-        if found.get("region") in regions and "distance" in found
+    layouts = {
+        name: LayoutMatch(own, other, int(number))
+        for name, (own, other, number) in _measured(
+            material, "layout", ("own", "nearest_other", "nearest_other_region")
+        ).items()
     }
-    wanted = {"own", "nearest_other", "nearest_other_region"}
-    unknown = [
-        p
-        for p in material.paintings
-        if p.name not in known or not wanted <= layouts.get(p.name, {}).keys()
-    ]
+    known = {
+        name: (int(number), distance)
+        for name, (number, distance) in _measured(
+            material, "nearest_train", ("region", "distance")
+        ).items()
+        if int(number) in regions
+    }
+    unknown = [p for p in material.paintings if p.name not in known or p.name not in layouts]
     distances = _distances(material, unknown)
     result = {}
     for painting in material.paintings:
         name, own = painting.name, painting.region
-        layout: LayoutMatch | None
-        if wanted <= layouts.get(name, {}).keys():
-            found = layouts[name]
-            own_distance, other = float(found["own"]), float(found["nearest_other"])
-            layout = LayoutMatch(own_distance, other, int(found["nearest_other_region"]))
-        else:
+        layout = layouts.get(name)
+        if layout is None:
             layout = _layout(distances[name], [r for r in regions.values() if is_same(r, own)])
         if name not in known:
             train = [r for r in regions.values() if r.split == "train" and not is_same(r, own)]
@@ -67,8 +65,19 @@ def find_neighbours(material: Material) -> dict[str, Neighbourhood]:
     return result
 
 
-def _measured(material: Material, group: str) -> dict[str, dict[str, Any]]:
-    return (material.metrics or {}).get(group) or {}
+def _measured(
+    material: Material, group: str, names: Sequence[str]
+) -> dict[str, tuple[float, ...]]:
+    """What metrics.json says of each image, where it says all of it."""
+    said = ((material.metrics or {}).get(group) or {}).items()
+    rows: dict[str, tuple[Any, ...]] = {
+        image: tuple((found or {}).get(name) for name in names) for image, found in said
+    }
+    return {
+        image: tuple(float(value) for value in row)
+        for image, row in rows.items()
+        if all(isinstance(value, int | float) for value in row)
+    }
 
 
 def _distances(material: Material, paintings: Iterable[Painting]) -> dict[str, dict[int, float]]:

@@ -61,6 +61,7 @@ def render(
         notices=_notices(material),
         paintings=paintings,
         measures=facts.measures(metrics),
+        measuring_notes=facts.measuring_notes(metrics),
         protocol=facts.protocol(metrics),
         octaves=[
             {key: facts.number(octave.get(key)) for key in ("real", "generated", "log2_ratio")}
