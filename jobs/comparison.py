@@ -24,7 +24,7 @@ from jobs.metrics import (
     layout_distances,
     region_thumbnails,
 )
-from jobs.spectrum import PERIODS_PX
+from jobs.spectrum import PERIODS_PX, SEAM_PX
 from pipeline.store import Store
 
 FLOOR_DRAWS = 8
@@ -92,7 +92,7 @@ def octaves(real: Measured, generated: Measured) -> list[dict[str, Any]]:
 
 
 def seams(real: Measured, generated: Measured) -> dict[str, Any]:
-    """Contrast at the borders of coarse cells, and below `periods` also at those of crops."""
+    """Contrast at the borders of coarse cells, and below `periods` at others too."""
     periods = [
         {
             "period_px": period,
@@ -101,7 +101,7 @@ def seams(real: Measured, generated: Measured) -> dict[str, Any]:
         }
         for period in PERIODS_PX
     ]
-    return {**periods[0], "periods": periods}
+    return {**periods[PERIODS_PX.index(SEAM_PX)], "periods": periods}
 
 
 def layouts(painted: Sequence[Painted], store: Store, seed: int) -> dict[str, dict[str, Any]]:

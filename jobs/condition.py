@@ -1,11 +1,10 @@
 """Whether what was painted says to the encoder what its condition said.
 
 A painted image is embedded as `conditioning.embed` would: at the finest footprint of its
-condition, tile by tile, each tile under the token that conditioned it, read from the same level
-of the pyramid as the real one was (a smaller image may lack it, so it is made here). The cosine
-of the two vectors, averaged over tokens, is 1 where the painting repeats its condition to the
-letter. Vectors of one encoder may be alike for any two tiles, so the mean cosine of all pairs
-that do not belong together is the floor.
+condition, tile by tile, each tile under the token that conditioned it, halved as often as the
+real one was in its image's pyramid. The cosine of the two vectors, averaged over tokens, is 1
+where the painting repeats its condition to the letter. Vectors of one encoder may be alike for
+any two tiles, so the mean cosine of all pairs that do not belong together is the floor.
 """
 
 from collections.abc import Iterator, Sequence

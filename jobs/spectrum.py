@@ -10,7 +10,8 @@ has 3/4 v 4^-k. Blur takes power from the finest octaves.
 Seams. A painting made in tiles or on a lattice of cells may step at their borders. The mean
 absolute difference of neighbouring pixels is kept by the place of the border between them,
 modulo 256 px; the mean at the multiples of a period over the mean elsewhere is 1 where nothing
-happens. Real images have borders too (the blocks of a JPEG), so both numbers are given.
+happens. Real images have borders too: the 8 px blocks of a JPEG put 1.1 on all periods here, so
+a painted number is to be read beside the real one.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from jaxtyping import Float, Float64, UInt
 
 CROP_PX = 256
 OCTAVES = CROP_PX.bit_length() - 1
-PERIODS_PX = (32, 256)
+SEAM_PX = 32
+PERIODS_PX = (8, SEAM_PX, 256)
 
 
 @dataclass(frozen=True)

@@ -167,9 +167,12 @@ def test_spoilt_copies_are_worse_where_they_are_spoilt(
     assert ratios[5] == pytest.approx(same[5], abs=0.2)
     assert blurred["crop_fid"]["value"] > 1.5 * good["crop_fid"]["value"]
     assert blurred["condition_cosine"]["own"] < good["condition_cosine"]["own"]
-    assert seamed["seams"]["real"] == good["seams"]["real"] == pytest.approx(1, abs=0.06)
-    assert good["seams"]["generated"] == pytest.approx(1, abs=0.06)
-    assert seamed["seams"]["generated"] > 1.3
+    # The phantom is a JPEG: its blocks show in the real crops and in their copies alike.
+    real = good["seams"]["real"]
+    assert 1 < real < 1.2
+    assert good["seams"]["generated"] == pytest.approx(real, abs=0.06)
+    assert seamed["seams"]["real"] == real
+    assert seamed["seams"]["generated"] > real + 0.3
     assert good["features"]["dim"] == 2048
     assert not good["features"]["conditions_images"]
     assert "weights weights.pth" in good["features"]["label"]
@@ -251,7 +254,9 @@ def test_crops_of_aerial_images_are_valid_data_on_both_sides(chips: Store, tmp_p
     metrics = ["--metrics", "spectrum", "seams", "layout", "nearest_train"]
     numbers = evaluate(chips.path, images, tmp_path / "metrics.json", *metrics)
     assert numbers["n"] == {"real": 5, "generated": 2}
-    assert numbers["seams"]["periods"][1]["real"] is None
+    assert numbers["seams"]["period_px"] == 32
+    assert numbers["seams"]["real"] == pytest.approx(1, abs=0.01)
+    assert numbers["seams"]["periods"][2]["real"] is None  # chips have no neighbours
     fine = numbers["spectrum"]["octaves"][0]
     assert fine["real"] == pytest.approx(0.75 * 9000**2 / 12, rel=0.02)
 
