@@ -8,16 +8,15 @@ small regions is no kaleidoscope. Regions that were not trained on have only suc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from conditioning.tokens import fit, from_store
+from conditioning.tokens import fit
 from pipeline.embeddings import TokenLattice
-from pipeline.packfile import PackSettings
-from pipeline.store import Region, Store
+from pipeline.store import Region
 
 Fill = Literal["reflect", "regions"]
 
@@ -45,22 +44,22 @@ def lay_out(
 
 
 def condition_of(
-    store: Store,
-    settings: PackSettings,
+    tokens_of: Callable[[Region], list[TokenLattice]],
     layout: Sequence[Sequence[Region]],
     size_px: tuple[int, int],
 ) -> list[TokenLattice]:
     """The token lattices of a whole image, from those of the regions of its squares."""
     numbers = {region.index: region for row in layout for region in row}
-    known = {k: from_store(store, settings, region) for k, region in numbers.items()}
-    first = known[layout[0][0].index]
+    known = {k: tokens_of(region) for k, region in numbers.items()}
+    own = layout[0][0]
+    first = known[own.index]
     if len(numbers) == 1:
         return fit(first, *size_px)
     for lattice in first:
-        if lattice.values.shape[0] * lattice.footprint_px != settings.side_px:
+        if lattice.values.shape[0] * lattice.footprint_px != own.side:
             raise ValueError(
-                f"tokens of {lattice.footprint_px} px do not fill regions of {settings.side_px} "
-                "px, which so cannot lie side by side; use --fill reflect"
+                f"tokens of {lattice.footprint_px} px do not fill regions of {own.side} px, "
+                "which so cannot lie side by side; use --fill reflect"
             )
     joined = []
     for k, lattice in enumerate(first):

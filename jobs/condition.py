@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from conditioning.encoders import Encoder
+from conditioning.layout import condition_of
 from conditioning.tiles import Tiles, resize_tiles, tile_level
-from conditioning.tokens import fit
 from jobs.crops import Painted
 from jobs.run import Run
 from pipeline.embeddings import TokenLattice
 from pipeline.ome import OmeImage, halve
-from pipeline.store import Store
+from pipeline.store import Region, Store
 
 BATCH = 64
 
@@ -89,22 +89,36 @@ def cosines(
     """Over all images whose condition is in the store; the names of the others, and why."""
     total, failures = None, {}
     for item in painted:
-        found = {}
-        if item.region.image in store.image_ids():
-            tokens = store.region_tokens(encoder.key, item.region)
-            found = {t.footprint_px: t for t in tokens}
-        lattice = found.get(footprint_px or min(found, default=0))
-        if lattice is None:
-            failures[item.name] = f"{store.path} no longer holds the tokens that conditioned it"
+
+        def tokens_of(region: Region) -> list[TokenLattice]:
+            return _finest(store, encoder.key, region, footprint_px)
+
+        try:
+            (fitted,) = condition_of(tokens_of, item.layout, item.image.shape[1:])
+        except ValueError as mistake:
+            failures[item.name] = str(mistake)
             continue
-        (fitted,) = fit([lattice], *item.image.shape[1:])
-        level = tile_level(store.image(item.region.image), lattice.footprint_px, encoder.input_px)
+        level = tile_level(store.image(item.region.image), fitted.footprint_px, encoder.input_px)
         for pixels, values in _batches(item.image, fitted, level):
             pixels = resize_tiles(pixels, encoder.input_px)
             vectors = encoder.encode(pixels).numpy().astype(np.float64)
             part = Cosines.of(vectors, values)
             total = part if total is None else total + part
     return total, failures
+
+
+def _finest(
+    store: Store, encoder_key: str, region: Region, footprint_px: int | None
+) -> list[TokenLattice]:
+    """The lattice of a region that conditioned it, or the finest where that is not known."""
+    tokens = []
+    if region.image in store.image_ids():
+        tokens = store.region_tokens(encoder_key, region)
+    finest = footprint_px or min((t.footprint_px for t in tokens), default=0)
+    found = [t for t in tokens if t.footprint_px == finest]
+    if not found:
+        raise ValueError(f"{store.path} no longer holds the tokens that conditioned it")
+    return found
 
 
 def _batches(

@@ -3,8 +3,8 @@
 Painted crops tile every painted image from its corner; real crops tile the regions of the store
 that were held out, without overlap. Crops of a slide are taken as they come, glass included: a
 region passed the store's least tissue as a whole, and so did the condition of a painted image.
-Crops of aerial images must be wholly valid data, and a painted crop must lie where its region is
-(beyond the region: where its reflection is, since the condition is continued by reflection).
+Crops of aerial images must be wholly valid data, and a painted crop must lie where what
+conditioned it is: its region and, beyond it, the region's reflection or the regions beside it.
 Where there are more crops than wanted, which are kept is keyed by the seed.
 
 Crops that lie side by side are alike, so intervals and floors are drawn over *groups*: whole
@@ -47,13 +47,15 @@ class Crop:
 @dataclass(frozen=True)
 class Painted:
     """A painted image and the region that conditioned it. `in_store`: that region as the store's
-    table has it now, if it does.
+    table has it now, if it does. `layout`: the regions of all squares of the image, its own alone
+    where it was reflected (`conditioning.layout`).
     """
 
     name: str
     image: OmeImage
     region: Region
     in_store: Region | None
+    layout: tuple[tuple[Region, ...], ...]
     run: Path
 
 
@@ -76,7 +78,8 @@ def find_painted(folder: Path, store: Store) -> tuple[list[Painted], dict[str, s
             continue
         in_store = table.get((region.image, region.y, region.x, region.side))
         run = Path(record["identity"]["run"])
-        painted.append(Painted(file.stem, image, region, in_store, run))
+        layout = _layout(record["identity"], store, region)
+        painted.append(Painted(file.stem, image, region, in_store, layout, run))
     if not painted:
         why = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise ValueError(
@@ -93,6 +96,20 @@ def _record(file: Path) -> dict[str, Any] | None:
         return record if {"region", "run"} <= set(record["identity"]) and record["image"] else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _layout(identity: dict[str, Any], store: Store, own: Region) -> tuple[tuple[Region, ...], ...]:
+    """The regions side by side that conditioned an image, by their numbers in the table."""
+    numbers = identity.get("layout", [])
+    if len({number for row in numbers for number in row}) < 2:
+        return ((own,),)
+    if identity.get("store_fingerprint") != store.fingerprint():
+        raise ValueError(
+            "it was conditioned by several regions of another table of regions; ingest as before "
+            "or paint it again"
+        )
+    regions = store.regions()
+    return tuple(tuple(regions[number] for number in row) for row in numbers)
 
 
 def _check_comparable(image: OmeImage, store: Store) -> None:
@@ -120,30 +137,44 @@ def painted_crops(painted: Sequence[Painted], store: Store, limit: int, seed: in
     crops = []
     for item in painted:
         _, height, width = item.image.shape
-        valid = _valid_region(item, store)
+        valid = _valid_data(item, store)
         for y in range(0, height - CROP_PX + 1, CROP_PX):
             for x in range(0, width - CROP_PX + 1, CROP_PX):
-                if valid is None or _reflected(valid, y, x).all():
+                if valid is None or crop_is_valid(valid, y, x):
                     bordered = y + CROP_PX < height and x + CROP_PX < width
                     crops.append(Crop(item.name, y, x, bordered))
     return sorted(keyed(crops, seed)[:limit])
 
 
-def _valid_region(item: Painted, store: Store) -> Bool[np.ndarray, "side side"] | None:
-    """Where the region of a painted image is valid data; None where that is no question."""
-    region = item.region
-    if region.image not in store.image_ids() or store.mask_kind(region.image) == "tissue":
-        return None
-    return store.mask(region.image, region.y, region.x, region.side, region.side)
+Valid = list[list[Bool[np.ndarray, "side side"]]]
 
 
-def _reflected(
-    valid: Bool[np.ndarray, "side side"], y: int, x: int
-) -> Bool[np.ndarray, "256 256"]:
-    side = len(valid)
-    rows, columns = ((start + np.arange(CROP_PX)) % (2 * side) for start in (y, x))
-    rows, columns = (np.minimum(i, 2 * side - 1 - i) for i in (rows, columns))
-    return valid[np.ix_(rows, columns)]
+def _valid_data(item: Painted, store: Store) -> Valid | None:
+    """Where the regions of a painted image are valid data; None where that is no question."""
+    present = store.image_ids()
+    for region in {region for row in item.layout for region in row}:
+        if region.image not in present or store.mask_kind(region.image) == "tissue":
+            return None
+    return [[store.mask(r.image, r.y, r.x, r.side, r.side) for r in row] for row in item.layout]
+
+
+def crop_is_valid(valid: Valid, y: int, x: int) -> bool:
+    """Whether all of a crop lies on valid data: of the regions side by side, or of the only one,
+    reflected.
+    """
+    side = len(valid[0][0])
+    rows, columns = (start + np.arange(CROP_PX) for start in (y, x))
+    if len(valid) == len(valid[0]) == 1:
+        rows, columns = (
+            np.minimum(i % (2 * side), -(i + 1) % (2 * side)) for i in (rows, columns)
+        )
+    return all(
+        valid[i][j][
+            np.ix_(rows[rows // side == i] % side, columns[columns // side == j] % side)
+        ].all()
+        for i in np.unique(rows // side)
+        for j in np.unique(columns // side)
+    )
 
 
 def real_crops(store: Store, limit: int, seed: int) -> tuple[list[Crop], str]:

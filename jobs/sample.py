@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ import tyro
 
 from conditioning.encoders import choose_device
 from conditioning.layout import Fill, condition_of, in_words, lay_out
-from conditioning.tokens import to_condition
+from conditioning.tokens import from_store, to_condition
 from jobs.painting import SOLVERS, Recipe, paint
 from jobs.run import Run, RunConfig
 from model.config import DenoiserConfig
@@ -265,7 +266,7 @@ def _paint(
         shutil.rmtree(options.out / f"{name}.zarr", ignore_errors=True)
         console.write_json_atomic(begun, identity)
     layout = _layout(options, store, plan, region)
-    lattices = condition_of(store, plan.config.packs, layout, plan.size_px)
+    lattices = condition_of(partial(from_store, store, plan.config.packs), layout, plan.size_px)
     condition = to_condition([lattices], plan.config.token_scale(), [True]).to(plan.device)
     painter = make_painter(
         denoiser,

@@ -17,7 +17,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import create_feature_extractor
 
 import jobs.evaluate
-from jobs.crops import find_painted, painted_crops, real_crops
+from jobs.crops import crop_is_valid, find_painted, painted_crops, real_crops
 from jobs.features import FeatureChoice, choose_space
 from jobs.published import load_clip, load_inception
 from pipeline.ome import OmeImage
@@ -400,3 +400,21 @@ def test_mistakes_are_sentences(
     assert code == 0
     assert "4 painted" in said
     assert not (tmp_path / "m.json").exists()
+
+
+@pytest.mark.parametrize("squares", [(1, 1), (2, 3)])
+def test_a_crop_is_valid_where_all_that_conditioned_it_is(squares: tuple[int, int]) -> None:
+    """Against the whole mask: regions side by side, or one that is reflected at every border."""
+    side, rng = 320, np.random.default_rng(7)
+    cells = rng.random((*squares, side // 32, side // 32)) < 0.97
+    masks = [[m.repeat(32, axis=0).repeat(32, axis=1) for m in row] for row in cells]
+    whole = np.block(masks)
+    if squares == (1, 1):
+        whole = np.pad(whole, [(0, side), (0, 2 * side)], mode="symmetric")
+    found = set()
+    for y in range(0, whole.shape[0] - 255, 37):
+        for x in range(0, whole.shape[1] - 255, 37):
+            expected = bool(whole[y : y + 256, x : x + 256].all())
+            assert crop_is_valid(masks, y, x) == expected
+            found.add(expected)
+    assert found == {True, False}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_every_square_has_the_tokens_of_its_region_at_its_place(chain: Chain) ->
     size, side = (640, 900), settings.side_px
     layout = lay_out(regions, regions[2], size, "regions", 3)
     assert len({region.index for row in layout for region in row}) > 4
-    joined = condition_of(store, settings, layout, size)
+    joined = condition_of(partial(from_store, store, settings), layout, size)
     for k, (footprint, rows, columns) in enumerate(settings.lattices):
         values = joined[k].values
         first = from_store(store, settings, regions[2])[k]
@@ -74,10 +75,12 @@ def test_one_region_alone_is_reflected(chain: Chain) -> None:
     layout = lay_out(store.regions(), own, size, "reflect", 0)
     lattices = from_store(store, settings, own)
     for ours, theirs in zip(
-        condition_of(store, settings, layout, size), fit(lattices, *size), strict=True
+        condition_of(partial(from_store, store, settings), layout, size),
+        fit(lattices, *size),
+        strict=True,
     ):
         assert np.array_equal(ours.values, theirs.values)
-    finest = condition_of(store, settings, layout, size)[0].values
+    finest = condition_of(partial(from_store, store, settings), layout, size)[0].values
     rows = lattices[0].values.shape[0]
     assert np.array_equal(finest[rows : 2 * rows], finest[:rows][::-1])
     assert "mirrored" in in_words(layout, size)
@@ -85,6 +88,7 @@ def test_one_region_alone_is_reflected(chain: Chain) -> None:
 
 def test_tokens_that_do_not_fill_a_region_cannot_lie_side_by_side(chain: Chain) -> None:
     store, settings = Store.open(chain.store), PackSet.open(chain.packs).settings
-    layout = lay_out(store.regions(), store.regions()[0], (600, 600), "regions", 0)
+    wider = [replace(region, side=320) for region in store.regions()]
+    layout = lay_out(wider, wider[0], (600, 600), "regions", 0)
     with pytest.raises(ValueError, match="use --fill reflect"):
-        condition_of(store, replace(settings, side_px=320), layout, (600, 600))
+        condition_of(lambda _: from_store(store, settings, store.regions()[0]), layout, (600, 600))
