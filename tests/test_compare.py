@@ -8,9 +8,9 @@ from chain import SIDE_PX, Chain
 from PIL import Image
 
 import jobs.compare
-from jobs.compare import held_out
-from jobs.contest import Comparison, read_comparison
-from jobs.scoreboard import to_markdown
+from jobs.compare.command import held_out
+from jobs.compare.contest import Comparison, read_comparison
+from jobs.compare.scoreboard import to_markdown
 from pipeline.regions import Region
 
 SHIPPED = Path(__file__).parent.parent / "docs" / "compare" / "two_cores.toml"

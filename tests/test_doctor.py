@@ -17,7 +17,7 @@ from processes import WITHOUT_TORCH
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 import jobs.doctor
-import jobs.machine
+import jobs.doctor.machine
 from jobs.demo import FREE_BYTES
 from jobs.weights import CLIP_FILE, CLIP_REPOSITORY, clip_weights, inception_place
 
@@ -28,8 +28,8 @@ Usage = namedtuple("Usage", "total used free")
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with room, whatever this one has, and no cluster that could be slow to answer."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**50, 0, 2**50))
-    monkeypatch.setattr(jobs.machine, "_free_memory", lambda: 2**40)
-    monkeypatch.setattr(jobs.machine, "_answer", lambda command: None)
+    monkeypatch.setattr(jobs.doctor.machine, "_free_memory", lambda: 2**40)
+    monkeypatch.setattr(jobs.doctor.machine, "_answer", lambda command: None)
 
 
 def ask(capsys: pytest.CaptureFixture[str], code: int) -> dict[str, dict[str, Any]]:
@@ -94,7 +94,7 @@ def test_too_little_room_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**50, 0, FREE_BYTES - 1))
-    monkeypatch.setattr(jobs.machine, "_free_memory", lambda: 17)
+    monkeypatch.setattr(jobs.doctor.machine, "_free_memory", lambda: 17)
     items = ask(capsys, 3)
     assert items["disk"]["state"] == items["memory"]["state"] == "missing"
     assert "17 bytes free" in items["memory"]["found"]
@@ -127,14 +127,14 @@ def test_programs_are_found_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     viewers = {"QuPath": "QuPath", "napari": "napari", "browser": "firefox", "Fiji": "fiji"}
-    monkeypatch.setattr(jobs.machine, "VIEWER_FOLDERS", ())
+    monkeypatch.setattr(jobs.doctor.machine, "VIEWER_FOLDERS", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     absent = ask(capsys, 0)
     assert absent["SLURM"]["found"] == "no sbatch, srun, sinfo"
     for name in ("sbatch", "srun", "sinfo", *viewers.values()):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(jobs.machine, "_answer", lambda command: "2\n3\n")
+    monkeypatch.setattr(jobs.doctor.machine, "_answer", lambda command: "2\n3\n")
     found = ask(capsys, 0)
     assert found["controller"]["found"] == "answers, 5 nodes"
     for viewer, program in viewers.items():

@@ -17,9 +17,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import create_feature_extractor
 
 import jobs.evaluate
-from jobs.crops import crop_is_valid, find_painted, painted_crops, real_crops
-from jobs.features import FeatureChoice, choose_space
-from jobs.published import load_clip, load_inception
+from jobs.evaluate.crops import crop_is_valid, find_painted, painted_crops, real_crops
+from jobs.evaluate.features import FeatureChoice, choose_space
+from jobs.evaluate.published import load_clip, load_inception
 from pipeline.ome import OmeImage
 from pipeline.regions import Region
 from pipeline.store import UNITS, Store, StoreSpec
@@ -262,7 +262,7 @@ def test_crops_of_aerial_images_are_valid_data_on_both_sides(chips: Store, tmp_p
 
 
 def test_sixteen_bits_are_scaled_to_eight(chips: Store) -> None:
-    from jobs.published import EightBits
+    from jobs.evaluate.published import EightBits
 
     with pytest.raises(ValueError, match="say with --white-level which count is white"):
         EightBits.of("clip", chips, None)
@@ -330,12 +330,12 @@ def test_inception_sees_what_torch_fidelity_shows_it(
 def test_published_weights_are_taken_from_the_caches_and_never_fetched(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import jobs.features
-    import jobs.published
+    import jobs.evaluate.features
+    import jobs.evaluate.published
 
     store = Store.open(chain.store)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(jobs.published, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(jobs.evaluate.published, "try_to_load_from_cache", lambda *_: None)
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("the network was asked")

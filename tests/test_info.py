@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import jobs.info
 import jobs.train
-from jobs.describe import describe_run
+from jobs.info.describe import describe_run
 from jobs.run import Run
 from pipeline.ome import OmeImage
 from pipeline.packfile import PackSet

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.comparison import distances
-from jobs.condition import Cosines
-from jobs.crops import Crop, Groups, disjoint_draws, group
-from jobs.metrics import (
+from jobs.evaluate.comparison import distances
+from jobs.evaluate.condition import Cosines
+from jobs.evaluate.crops import Crop, Groups, disjoint_draws, group
+from jobs.evaluate.metrics import (
     Estimate,
     KernelSums,
     Moments,
@@ -20,7 +20,7 @@ from jobs.metrics import (
     frechet_distance,
     kid,
 )
-from jobs.spectrum import CROP_PX, OCTAVES, Seams, Spectrum
+from jobs.evaluate.spectrum import CROP_PX, OCTAVES, Seams, Spectrum
 
 
 def gaussian(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:

@@ -12,7 +12,7 @@ from openslide import OpenSlide
 from processes import run, start, stop_when
 
 import jobs.sample
-from jobs.metrics import layout_match, thumbnail
+from jobs.evaluate.metrics import layout_match, thumbnail
 from pipeline.ome import OmeImage
 from pipeline.store import Store
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jobs.metrics import LayoutMatch, thumbnail
+from jobs.evaluate.metrics import LayoutMatch, thumbnail
 from jobs.report.material import Material, Painting
 from pipeline import console
 from pipeline.store import Region

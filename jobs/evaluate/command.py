@@ -28,21 +28,28 @@ from typing import Any, Literal
 import torch
 
 from conditioning.encoders import choose_device, load_encoder
-from jobs.comparison import FLOOR_DRAWS, MAX_THUMBNAILS, distances, layouts, octaves, seams
-from jobs.condition import conditioning_of, cosines
-from jobs.crops import Crop, Painted, find_painted, group, painted_crops, real_crops
-from jobs.features import (
+from jobs.evaluate.comparison import (
+    FLOOR_DRAWS,
+    MAX_THUMBNAILS,
+    distances,
+    layouts,
+    octaves,
+    seams,
+)
+from jobs.evaluate.condition import conditioning_of, cosines
+from jobs.evaluate.crops import Crop, Painted, find_painted, group, painted_crops, real_crops
+from jobs.evaluate.features import (
     EncoderSpace,
     FeatureChoice,
     FeatureSpace,
     choose_space,
     store_encoder,
 )
-from jobs.measure import Measured, cache_file, measure
-from jobs.metrics import Features
-from jobs.published import CLIP, INCEPTION
+from jobs.evaluate.measure import Measured, cache_file, measure
+from jobs.evaluate.metrics import Features
+from jobs.evaluate.published import CLIP, INCEPTION
+from jobs.evaluate.spectrum import CROP_PX
 from jobs.run import commit
-from jobs.spectrum import CROP_PX
 from pipeline import console
 from pipeline.store import Store
 
@@ -328,7 +335,3 @@ def summary(found: dict[str, Any], out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return console.run(EvaluateOptions, evaluate, argv, prog="jobs.evaluate")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from jobs.machine import DISTRIBUTION, Item, examine
+from jobs.doctor.machine import DISTRIBUTION, Item, examine
 from jobs.record import commit
 from pipeline import console
 
@@ -82,7 +82,3 @@ def _describe(item: Item) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     return console.run(Doctor, doctor, argv, prog="python -m jobs.doctor")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jobs.crops import Groups, Painted, disjoint_draws, keyed
-from jobs.measure import Measured
-from jobs.metrics import (
+from jobs.evaluate.crops import Groups, Painted, disjoint_draws, keyed
+from jobs.evaluate.measure import Measured
+from jobs.evaluate.metrics import (
     Estimate,
     Features,
     KernelSums,
@@ -24,7 +24,7 @@ from jobs.metrics import (
     layout_distances,
     region_thumbnails,
 )
-from jobs.spectrum import PERIODS_PX, SEAM_PX
+from jobs.evaluate.spectrum import PERIODS_PX, SEAM_PX
 from pipeline.store import Store
 
 FLOOR_DRAWS = 8

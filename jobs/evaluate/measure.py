@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from conditioning.tiles import read_ahead
-from jobs.crops import Crop
-from jobs.features import FeatureSpace
-from jobs.spectrum import CROP_PX, Seams, Spectrum
+from jobs.evaluate.crops import Crop
+from jobs.evaluate.features import FeatureSpace
+from jobs.evaluate.spectrum import CROP_PX, Seams, Spectrum
 from pipeline import console
 from pipeline.ome import OmeImage
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from jobs.spectrum import CROP_PX
+from jobs.evaluate.spectrum import CROP_PX
 from pipeline.ome import OmeImage
 from pipeline.regions import CELL_PX
 from pipeline.store import Region, Store

@@ -14,7 +14,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from conditioning.card import CARD_NAME
-from jobs.describe import (
+from jobs.info.describe import (
     Summary,
     describe_encoder,
     describe_image,
@@ -103,7 +103,3 @@ def _refusal(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     return console.run(Info, info, argv, prog="python -m jobs.info")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

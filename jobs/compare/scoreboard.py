@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from jobs.contest import Comparison, Contestant
+from jobs.compare.contest import Comparison, Contestant
 from jobs.pictures import liveliest, reduced
 from jobs.run import Run
 from pipeline.ome import OmeImage

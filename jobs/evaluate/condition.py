@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from conditioning.encoders import Encoder
 from conditioning.layout import condition_of
 from conditioning.tiles import Tiles, resize_tiles, tile_level
-from jobs.crops import Painted
+from jobs.evaluate.crops import Painted
 from jobs.run import Run
 from pipeline.embeddings import TokenLattice
 from pipeline.ome import OmeImage, halve

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.contest import Comparison, Contestant, read_comparison
+from jobs.compare.contest import Comparison, Contestant, read_comparison
 from jobs.stages import Progress
 from pipeline import console
 from pipeline.store import Region, Store
@@ -179,8 +179,8 @@ def _paint_and_evaluate(
 
 def _conclude(comparison: Comparison, folders: Folders, regions: Sequence[Region]) -> None:
     """Write and print the table, and draw the picture."""
+    from jobs.compare.scoreboard import draw_picture, hardware, read_score, to_markdown
     from jobs.run import commit
-    from jobs.scoreboard import draw_picture, hardware, read_score, to_markdown
 
     scores = [
         read_score(contestant, folders.out / contestant.name, comparison)
@@ -207,7 +207,3 @@ def _conclude(comparison: Comparison, folders: Folders, regions: Sequence[Region
 
 def main(argv: Sequence[str] | None = None) -> int:
     return console.run(Compare, compare, argv, prog="jobs.compare")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -21,7 +21,7 @@ from jaxtyping import Float32
 
 from conditioning.encoders import RGB, NetworkEncoder, load_encoder
 from conditioning.tiles import Tiles
-from jobs.published import (
+from jobs.evaluate.published import (
     CLIP,
     INCEPTION,
     clip_weights,
