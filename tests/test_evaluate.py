@@ -330,12 +330,9 @@ def test_inception_sees_what_torch_fidelity_shows_it(
 def test_published_weights_are_taken_from_the_caches_and_never_fetched(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import jobs.evaluate.features
-    import jobs.evaluate.published
-
     store = Store.open(chain.store)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(jobs.evaluate.published, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("the network was asked")
@@ -348,8 +345,8 @@ def test_published_weights_are_taken_from_the_caches_and_never_fetched(
     keys = store.encoders()
     choice = FeatureChoice("auto", None, None, None)
     assert choose_space(choice, store, keys, CPU).key == keys[0]
-    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    file.parent.mkdir()
+    file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir(parents=True)
     file.touch()
     with pytest.raises(ValueError, match="does not hold torch-fidelity's Inception"):
         choose_space(choice, store, keys, CPU)  # auto prefers it, now that it is there

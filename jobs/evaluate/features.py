@@ -24,11 +24,10 @@ from conditioning.tiles import Tiles
 from jobs.evaluate.published import (
     CLIP,
     INCEPTION,
-    clip_weights,
-    inception_weights,
     load_clip,
     load_inception,
 )
+from jobs.weights import clip_weights, inception_weights
 from pipeline.store import Store
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float32, UInt8
 from PIL import Image
 from safetensors import SafetensorError
@@ -26,10 +25,16 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 
 from conditioning.encoders import RGB
 from conditioning.tiles import Tiles
+from jobs.weights import (
+    CLIP_FILE,
+    CLIP_REPOSITORY,
+    clip_weights,
+    inception_place,
+    inception_weights,
+)
 from pipeline.store import Store
 
 CLIP, INCEPTION = "clip-vit-b-32", "inception-v3"
-CLIP_REPOSITORY, CLIP_FILE = "timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors"
 CLIP_ARCHITECTURE = "ViT-B-32-quickgelu"
 CLIP_PX, CLIP_DIM, INCEPTION_DIM = 224, 512, 2048
 
@@ -111,22 +116,6 @@ class InceptionSpace:
         return self.network(pixels)[0].to("cpu", torch.float32).numpy()
 
 
-def clip_weights() -> Path | None:
-    """The published weights in the Hugging Face cache, if they are there."""
-    found = try_to_load_from_cache(CLIP_REPOSITORY, CLIP_FILE)
-    return Path(found) if isinstance(found, str) else None
-
-
-def inception_weights() -> Path | None:
-    """The published weights in torch's hub cache, if they are there."""
-    file = _inception_place()
-    return file if file.is_file() else None
-
-
-def _inception_place() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
-
-
 def load_clip(
     store: Store, weights: Path | None, white_level: float | None, device: torch.device
 ) -> ClipSpace:
@@ -176,7 +165,7 @@ def load_inception(
         raise ValueError(
             f"the weights of {INCEPTION} are not on this machine and nothing is fetched here; "
             f"download {URL_INCEPTION_V3} where there is a network and put it at "
-            f"{_inception_place()} or name it with --weights"
+            f"{inception_place()} or name it with --weights"
         )
     try:
         # torch-fidelity unpickles without restraint: only what is plain tensors gets that far.
