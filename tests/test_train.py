@@ -2,13 +2,15 @@
 
 import json
 import signal
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chain import Chain, train_arguments
-from processes import run, start, stop_when
+from processes import run, start, stop_when, wait_for
 from safetensors.torch import load_file
 
 import jobs.train
@@ -117,3 +119,31 @@ def test_a_run_is_not_changed_under_its_feet(
     assert "choose one of tiny, small, brush" in capsys.readouterr().err
     assert jobs.train.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "x").exists()
+
+
+def test_all_ranks_of_a_superseded_run_stop_before_they_write(
+    chain: Chain, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    arguments = train_arguments(chain, folder, 10_000, "--save-every", "5")
+    ranks = [
+        start("jobs.train", arguments, more={**meeting, "WORLD_SIZE": "2", "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    wait_for(ranks[0], lambda: state(folder).get("step", 0) != 0)
+    while True:  # the old owner may be just about to write its heartbeat
+        taken = {**state(folder), "owner": "elsewhere:1:0"}
+        (folder / "state.json").write_text(json.dumps(taken))
+        time.sleep(0.1)
+        if state(folder) == taken:
+            break
+    lines = len(metrics(folder))
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=120)
+        assert f"rank {rank} stops: another process has taken" in output
+        assert process.returncode == EXIT_PREEMPTED
+    assert state(folder) == taken
+    assert len(metrics(folder)) == lines
