@@ -17,6 +17,7 @@ STAGES = {
     "train": ("jobs.train", "the denoiser, on one device or many"),
     "sample": ("jobs.sample", "large images after the conditions of regions"),
     "export": ("pipeline.export", "an image as pyramidal TIFF, OME-TIFF or COG"),
+    "submit": ("slurm.submit", "any of these, or a chain of them, to SLURM"),
     "demo": ("jobs.demo", "the whole chain on one small input"),
 }
 

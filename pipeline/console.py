@@ -27,6 +27,11 @@ REPORT_EVERY_S = 30.0
 EXIT_DONE, EXIT_USAGE, EXIT_PARTIAL, EXIT_PREEMPTED = 0, 2, 3, 75
 
 
+def parse(config: type[C], argv: Sequence[str] | None, *, prog: str) -> C:
+    """Read `argv` into `config`; says what is wrong and exits with 2, or with 0 after --help."""
+    return tyro.cli(config, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+
 def run(
     config: type[C], body: Callable[[C], int], argv: Sequence[str] | None = None, *, prog: str
 ) -> int:
@@ -34,11 +39,9 @@ def run(
     code 2.
     """
     try:
-        options = tyro.cli(config, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        return body(parse(config, argv, prog=prog))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    try:
-        return body(options)
     except (ValueError, OSError) as mistake:
         print(f"{prog}: {mistake}", file=sys.stderr)
         return EXIT_USAGE

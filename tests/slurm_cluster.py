@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 NODES = ("brush0", "brush1")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv")
 SBIN = os.pathsep.join(("/usr/sbin", "/sbin", "/usr/local/sbin"))
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "TIMEOUT")
 
@@ -54,7 +54,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 GresTypes=gpu
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -84,7 +84,10 @@ class Cluster:
         def states() -> dict[str, str]:
             return {job_id: self.job(job_id)["JobState"] for job_id in job_ids}
 
-        wait_until(lambda: all(state in ENDED for state in states().values()), seconds)
+        try:
+            wait_until(lambda: all(state in ENDED for state in states().values()), seconds)
+        except AssertionError as error:
+            raise AssertionError(self.run("squeue") + self.logs()) from error
         return states()
 
     def logs(self) -> str:
@@ -116,16 +119,16 @@ def start_cluster() -> Iterator[Cluster]:
         folder.chmod(0o755)
         _configure(folder)
         for command in _commands(folder):
-            daemons.append(
-                subprocess.Popen(
-                    # Not even a killed test run leaves a daemon behind.
+            with (folder / "daemons.log").open("ab") as log:
+                # Not even a killed test run leaves a daemon behind.
+                daemon = subprocess.Popen(
                     ["setpriv", "--pdeathsig", "KILL", *command],
                     env=environment,
-                    stdout=subprocess.DEVNULL,
-                    stderr=(folder / "daemons.log").open("ab"),
+                    stdout=log,
+                    stderr=log,
                     start_new_session=True,
                 )
-            )
+            daemons.append(daemon)
             if command[0] == "munged":
                 wait_until((folder / "munge.socket").exists, 20)
         cluster = Cluster(folder, environment)
