@@ -7,6 +7,7 @@ two GPUs that exist only for the scheduler, so that batch scripts run as they ar
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -23,7 +24,7 @@ import pytest
 NODES = ("brush0", "brush1")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv")
 SBIN = os.pathsep.join(("/usr/sbin", "/sbin", "/usr/local/sbin"))
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "TIMEOUT")
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "TIMEOUT"}
 
 CONFIGURATION = """\
 ClusterName=gigabrush
@@ -78,14 +79,15 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_ids: Sequence[str], seconds: float = 200) -> dict[str, str]:
-        """The states in which jobs end."""
+    def wait(self, job_ids: Sequence[str], seconds: float = 400) -> dict[str, set[str]]:
+        """The states in which jobs end, and in which the elements of arrays do."""
 
-        def states() -> dict[str, str]:
-            return {job_id: self.job(job_id)["JobState"] for job_id in job_ids}
+        def states() -> dict[str, set[str]]:
+            shown = {i: self.run("scontrol", "-o", "show", "job", i) for i in job_ids}
+            return {i: set(re.findall(r"\bJobState=(\S+)", text)) for i, text in shown.items()}
 
         try:
-            wait_until(lambda: all(state in ENDED for state in states().values()), seconds)
+            wait_until(lambda: all(found <= ENDED for found in states().values()), seconds)
         except AssertionError as error:
             raise AssertionError(self.run("squeue") + self.logs()) from error
         return states()

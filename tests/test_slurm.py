@@ -28,7 +28,7 @@ from pipeline.console import EXIT_PREEMPTED
 from pipeline.store import Store
 from slurm.requeue import after_training
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 STEPS = 16
 
@@ -148,19 +148,19 @@ def test_a_preempted_training_on_two_nodes_ends_like_one_rank_undisturbed(
     cluster: Cluster, desk: Path, chain: Chain, jobs: Jobs
 ) -> None:
     trained, alone = desk / "trained", desk / "alone"
-    wait_until((trained / "metrics.jsonl").is_file, 200)
+    wait_until((trained / "metrics.jsonl").is_file, 400)
     # What SLURM does two minutes before the time limit (#SBATCH --signal).
     cluster.run("scancel", "--signal=TERM", jobs.training)
     wait_until(lambda: state(trained).get("status") == "preempted", 60)
     assert 1 <= int(str(state(trained)["step"])) < STEPS
     run("jobs.train", train_arguments(chain, alone, STEPS))
-    assert cluster.wait([jobs.training]) == {jobs.training: "COMPLETED"}
+    assert cluster.wait([jobs.training]) == {jobs.training: {"COMPLETED"}}
     ended = state(trained)
     assert (ended["status"], ended["restarts"], ended["job_id"]) == ("done", 1, jobs.training)
     log = (desk / "training-logs" / f"train-{jobs.training}.log").read_text()
     assert f"requeueing job {jobs.training}" in log
     assert "resuming at step" in log
-    assert sorted(cluster.job(jobs.training)["NodeList"]) == sorted("brush[0-1]")
+    assert cluster.job(jobs.training)["NodeList"] == "brush[0-1]"
     # Only the order of float sums differs: half a step's learning rate is more than it makes.
     expected, found = weights(alone), weights(trained)
     for name, values in expected.items():
@@ -178,8 +178,8 @@ def test_ingest_on_two_nodes_equals_ingest_in_one_process(
     words = [str(tall_slide), "--out", "inline/dataset.zarr", "--region", "512"]
     assert pipeline.ingest.main([*words, "--cluster", "inline"]) == 0
     expected, log = arrays(desk / "inline" / "dataset.zarr"), desk / f"ingest-{jobs.ingest}.log"
-    assert cluster.wait([jobs.ingest]) == {jobs.ingest: "COMPLETED"}, log.read_text()
-    output, _ = jobs.ingest_by_jobs.communicate(timeout=200)
+    assert cluster.wait([jobs.ingest]) == {jobs.ingest: {"COMPLETED"}}, log.read_text()
+    output, _ = jobs.ingest_by_jobs.communicate(timeout=400)
     assert jobs.ingest_by_jobs.returncode == 0, output
     for place in ("by-nodes", "by-jobs"):
         found = arrays(desk / place / "dataset.zarr")
@@ -198,12 +198,12 @@ def test_a_chain_of_jobs_ends_with_painted_images(
 ) -> None:
     states = cluster.wait(list(jobs.main.values()))
     logs = "\n".join(log.read_text()[-2000:] for log in (desk / "slurm-logs").glob("*.log"))
-    assert set(states.values()) == {"COMPLETED"}, logs
+    assert set.union(*states.values()) == {"COMPLETED"}, logs
     painted = sorted((desk / "images").glob("*.ome.tif"))
     assert ["_region1_" in painted[0].name, "_region3_" in painted[1].name] == [True, True]
     for file in painted:
         pixels = tifffile.imread(file)
-        assert pixels.shape == (3, 256, 256)
+        assert pixels.shape == (256, 256, 3)
         assert pixels.std() > 0
     assert len(list((desk / "slurm-logs").glob(f"sample-{jobs.main['sample']}_*.log"))) == 2
     assert (desk / "metrics.json").is_file() == ("evaluate" in STAGES)
@@ -224,7 +224,7 @@ def test_what_waits_for_a_failed_job_is_cancelled_and_said(
     assert slurm.submit.main(["--chain", "failing.chain", *common]) == 0
     numbers = {record["stage"]: record["job_id"] for record in records(desk, "failed-logs")}
     states = cluster.wait(list(numbers.values()))
-    assert states == {numbers["pack"]: "FAILED", numbers["embed"]: "CANCELLED"}
+    assert states == {numbers["pack"]: {"FAILED"}, numbers["embed"]: {"CANCELLED"}}
     capsys.readouterr()
     assert slurm.submit.main(["--status", "--logs", "failed-logs"]) == 0
     said = capsys.readouterr().out
