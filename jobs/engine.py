@@ -1,13 +1,15 @@
 """The DeepSpeed engine around the objective, on GPUs and on CPU alike.
 
-One process is one rank. Under the deepspeed launcher, torchrun or srun the rank's variables are
-set; started plainly, a process is rank 0 of 1. Collectives run on NCCL where there are GPUs and on
-gloo elsewhere; DeepSpeed's own shared-memory collectives for CPU are switched off, since they
-would have to be compiled first.
+One process is one rank. Under the deepspeed launcher and torchrun the rank's variables are set;
+under srun they follow from SLURM's; started plainly, a process is rank 0 of 1. Collectives run on
+NCCL where there are GPUs and on gloo elsewhere; DeepSpeed's own shared-memory collectives for CPU
+are switched off, since they would have to be compiled first.
 """
 
 import os
+import re
 import socket
+import subprocess
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +25,7 @@ from model.family import Objective
 T = TypeVar("T")
 
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+FIRST_PORT, NUM_PORTS = 10_000, 20_011  # below those that systems hand out; a prime number
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,11 @@ class Ranks:
 
 def join() -> Ranks:
     """Join the other ranks, or be the only one."""
-    for name, slurm in SLURM_NAMES.items():
-        if name not in os.environ and slurm in os.environ and "SLURM_STEP_ID" in os.environ:
-            os.environ[name] = os.environ[slurm]
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
+        os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
+        if os.environ["WORLD_SIZE"] != "1" and "MASTER_ADDR" not in os.environ:
+            address, port = _meeting_place()
+            os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": str(port)})
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -50,7 +55,8 @@ def join() -> Ranks:
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # Where the launcher shows each rank its own GPU only, that one is number 0.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
@@ -89,6 +95,36 @@ def build(objective: Objective, *, learning_rate: float, batch: int, world: int,
         },
     )
     return engine
+
+
+def _meeting_place() -> tuple[str, int]:
+    """Where the ranks of a SLURM step meet: its first node, and a port of their own.
+
+    The address is the one by which SLURM itself reaches the node, since names may not resolve. The
+    port depends on the restart, so that ranks never meet those of a step that outlived a requeue.
+    """
+    names = _ask_scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"])
+    node = _ask_scontrol("--oneliner", "show", "node", names.split()[0])
+    found = re.search(r"\bNodeAddr=(\S+)", node)
+    assert found is not None, node
+    job, restart, step = (
+        int(os.environ.get(name, "0"))
+        for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    )
+    return found[1], FIRST_PORT + (64 * job + 8 * restart + step) % NUM_PORTS
+
+
+def _ask_scontrol(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(
+            f"the ranks of this SLURM step cannot find each other: scontrol "
+            f"{' '.join(arguments)} does not work here ({error}); set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return done.stdout
 
 
 def _free_port() -> int:

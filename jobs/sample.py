@@ -78,6 +78,8 @@ class Sample:
     published."""
     format: tuple[Literal["ome-tiff", "tiff", "cog", "zarr"], ...] = ("ome-tiff",)
     """What to write beside the OME-Zarr image."""
+    share: str = "1/1"
+    """K/N paints the K-th of N shares of the regions: several jobs paint side by side."""
     device: str = "auto"
     """cpu, cuda or cuda:N."""
     dry_run: bool = False
@@ -123,6 +125,7 @@ def make_plan(options: Sample, store: Store) -> Plan:
     if not chosen:
         chosen = [min(regions, key=lambda region: (region.split == "train", region.index))]
     height, width = _size(options.size, chosen[0].side)
+    chosen = _share(options.share, chosen)
     level, coarse = SCALES[options.scale], config.denoiser.cell_px
     device = choose_device(options.device)
     overlap = config.denoiser.overlap(options.overlap, height, width, level)
@@ -150,6 +153,16 @@ def _size(text: str, side: int) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--size takes a side like 4096 or HxW like 4096x8192, not {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def _share(text: str, regions: list[Region]) -> list[Region]:
+    """Every N-th region from the K-th on."""
+    number, slash, shares = text.partition("/")
+    if not (slash and number.isdecimal() and shares.isdecimal() and int(number) >= 1):
+        raise ValueError(f"--share takes K/N like 2/5, not {text!r}")
+    if int(number) > int(shares):
+        raise ValueError(f"--share {text} asks for more than the last of {shares} shares")
+    return regions[int(number) - 1 :: int(shares)]
 
 
 def _tile(text: str, device: torch.device, denoiser: DenoiserConfig) -> int:

@@ -7,7 +7,7 @@ speed, and a run resumes where its last checkpoint was. SIGTERM (a preempted job
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from jobs.data import Batch, Batches
 from jobs.engine import Ranks, build, from_first_rank, join, leave
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, RunState
-from jobs.run import Run, RunConfig
+from jobs.run import Run, RunConfig, SupersededError
 from model.config import preset
 from model.family import Denoiser, make_denoiser, make_objective
 from pipeline import console
@@ -150,6 +150,9 @@ def train(options: Train) -> int:
         trainer = Trainer(options, denoiser, ranks, run, packs)
         try:
             status = trainer.loop(batches, before)
+        except SupersededError as superseded:
+            console.say(f"train: rank {ranks.rank} stops: {superseded}")
+            status = "superseded"
         except BaseException:
             if ranks.rank == 0:
                 run.fail()
@@ -206,7 +209,7 @@ class Trainer:
         )
         self.bf16 = bf16
         self.ema = {name: value.to(ranks.device) for name, value in self.ema.items()}
-        self.stopping = False
+        self.stopping = self.superseded = False
         self.beat = time.monotonic()
 
     def loop(self, batches: Batches, before: RunState | None) -> str:
@@ -267,20 +270,34 @@ class Trainer:
         rise = min(step / max(self.options.warmup, 1), 1.0)
         return self.options.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * done))
 
-    def _agree(self, seconds: float) -> tuple[float, bool]:
-        """Rank 0's clock, and whether any rank was told to stop: the same on all ranks."""
-        if self.ranks.world == 1:
-            return seconds, self.stopping
-        mine = [seconds if self.ranks.rank == 0 else 0.0, float(self.stopping)]
-        shared = torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-        return float(shared[0]), bool(shared[1])
+    def _agree(self, seconds: float = 0.0) -> tuple[float, bool]:
+        """Rank 0's clock, and whether any rank was told to stop: the same on all ranks.
+
+        Raises a `SupersededError` on all of them once rank 0 has seen another owner: a rank that
+        went on alone would wait for the others for ever.
+        """
+        mine = [seconds if self.ranks.rank == 0 else 0.0, self.stopping, self.superseded]
+        if self.ranks.world > 1:
+            shared = torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            mine = shared.tolist()
+        if mine[2]:
+            raise SupersededError(f"another process has taken {self.run.path} over")
+        return mine[0], bool(mine[1])
+
+    def _write(self, action: Callable[[], Any]) -> None:
+        """What rank 0 does to the run, unless another process owns it; see `_agree`."""
+        if self.ranks.rank == 0:
+            try:
+                action()
+            except SupersededError:
+                self.superseded = True
 
     def _show_life(self) -> None:
-        """Renew the heartbeat, and stop if another process owns the run by now."""
-        if self.ranks.rank == 0 and time.monotonic() - self.beat > HEARTBEAT_S:
+        """Renew the heartbeat."""
+        if time.monotonic() - self.beat > HEARTBEAT_S:
             self.beat = time.monotonic()
-            self.run.update()
+            self._write(self.run.update)
 
     def _stop(self, *_: Any) -> None:
         self.stopping = True
@@ -289,32 +306,37 @@ class Trainer:
         if self.ranks.world > 1:
             torch.distributed.all_reduce(losses, op=torch.distributed.ReduceOp.SUM)
             losses = losses / self.ranks.world
-        if self.ranks.rank:
-            return
-        self.run.append_metrics(
-            {
-                "step": step,
-                "loss": float(losses.sum()),
-                "level_losses": [round(float(value), 5) for value in losses],
-                "learning_rate": self._learning_rate(step, seconds),
-                "seconds": round(seconds, 2),
-            }
-        )
-        self.run.log_scalars(step, losses)
+        line = {
+            "step": step,
+            "loss": float(losses.sum()),
+            "level_losses": [round(float(value), 5) for value in losses],
+            "learning_rate": self._learning_rate(step, seconds),
+            "seconds": round(seconds, 2),
+        }
+
+        def write() -> None:
+            self.run.append_metrics(line)
+            self.run.log_scalars(step, losses)
+
+        self._write(write)
 
     def _save(self, step: int, seconds: float, status: str) -> None:
         folder = self.run.checkpoint_folder(step)
-        if self.ranks.rank == 0:
-            self.run.check_owner()
+        self._write(self.run.check_owner)
+        self._agree()
         self.engine.save_checkpoint(str(folder / "deepspeed"), tag="state")
-        if self.ranks.rank == 0:
+
+        def write() -> None:
             weights = dict(self.objective.denoiser.named_parameters())
+            self.run.check_owner()
             self.run.write_weights(step, "weights", weights)
             self.run.write_weights(step, "ema", self.ema)
             self.run.update(status=status, step=step, seconds=seconds, checkpoint=folder.name)
             self.run.drop_old_checkpoints()
             write_preview(self.run, self.packs, step, self.ranks.device)
-        torch.distributed.barrier()
+
+        self._write(write)
+        self._agree()
 
     def _resume(self, before: RunState) -> int:
         folder = self.run.own_engine_state(str(before.checkpoint))

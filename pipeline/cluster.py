@@ -5,17 +5,26 @@ All four are a `Workers`: tasks go in, results come out in the order in which th
 caller keeps no more of them in flight than `capacity`. A task is a picklable function of picklable
 arguments and may run twice (a worker died), so it must be idempotent. An error in a task is its
 result.
+
+On SLURM every worker is a job of its own. It leaves before its time is up, handing on what it has
+not done, and another job takes its place. Partition, account and limits are what the SBATCH_
+variables say, which sbatch reads itself; what else a site needs (the network interface, say) is
+dask-jobqueue's configuration, a file or DASK_JOBQUEUE__SLURM__ variables.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-SLURM_JOB_MEMORY_GB = 8
+WORKER_MEMORY = "8GB"
+WORKERS_WITHIN_S = 600
 IN_FLIGHT_PER_WORKER = 2
 
 
@@ -85,11 +94,14 @@ class DaskWorkers:
 
 
 @contextlib.contextmanager
-def connect(where: str, workers: int | None = None) -> Iterator[Workers]:
+def connect(
+    where: str, workers: int | None = None, logs: Path = Path("slurm-logs")
+) -> Iterator[Workers]:
     """Open the workers that `where` names: inline, local, slurm, or tcp://HOST:PORT.
 
     `workers` is the number of processes (local: the cores this process may use; slurm: one job
-    each, 1 unless given).
+    each, 1 unless given; an address: how many to wait for). `logs` is the folder for what the
+    workers on SLURM say.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"--workers is {workers} and must be at least 1")
@@ -108,13 +120,25 @@ def connect(where: str, workers: int | None = None) -> Iterator[Workers]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged_environment())
         stack.enter_context(dask.config.set({"distributed.comm.timeouts.connect": "30s"}))
-        address = stack.enter_context(_cluster(where, workers)) if "://" not in where else where
+        address: Any = where
+        if where == "local":
+            address = stack.enter_context(_local_cluster(workers))
+        elif where == "slurm":
+            address = stack.enter_context(_slurm_cluster(workers or 1, logs))
         try:
             client = stack.enter_context(Client(address))
         except OSError as error:
             raise ValueError(
                 f"no Dask scheduler answers at {where} ({error}); start one there"
             ) from error
+        if address == where and workers is not None:
+            try:
+                client.wait_for_workers(workers, timeout=WORKERS_WITHIN_S)
+            except TimeoutError as error:
+                raise ValueError(
+                    f"{len(client.nthreads())} of {workers} Dask workers came to {where} within "
+                    f"{WORKERS_WITHIN_S} s; see what the others say, or ask for fewer --workers"
+                ) from error
         yield DaskWorkers(client)
 
 
@@ -133,16 +157,18 @@ def _unchanged_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _cluster(where: str, workers: int | None) -> Any:
-    if where == "local":
-        from distributed import LocalCluster
+def _local_cluster(workers: int | None) -> Any:
+    from distributed import LocalCluster
 
-        return LocalCluster(
-            n_workers=workers or len(os.sched_getaffinity(0)),
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-        )
+    return LocalCluster(
+        n_workers=workers or len(os.sched_getaffinity(0)),
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+    )
+
+
+def _slurm_cluster(workers: int, logs: Path) -> Any:
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
@@ -150,6 +176,60 @@ def _cluster(where: str, workers: int | None) -> Any:
             "--cluster slurm needs dask-jobqueue, which is not installed: pip install "
             "dask-jobqueue"
         ) from error
-    cluster = SLURMCluster(cores=1, processes=1, memory=f"{SLURM_JOB_MEMORY_GB}GB")
-    cluster.scale(jobs=workers or 1)
+    if shutil.which("sbatch") is None:
+        raise ValueError(
+            "--cluster slurm submits jobs and there is no sbatch here; run it where there is, or "
+            "submit slurm/ingest.sbatch, whose workers are part of its own job"
+        )
+    import dask
+
+    configured = dask.config.get("jobqueue.slurm")
+    walltime = os.environ.get("SBATCH_TIMELIMIT") or configured["walltime"]
+    limit_s = slurm_seconds(walltime)
+    logs.mkdir(parents=True, exist_ok=True)
+    cluster = SLURMCluster(
+        cores=1,
+        processes=1,
+        memory=configured["memory"] or WORKER_MEMORY,
+        walltime=walltime,
+        log_directory=str(logs),
+        # They leave one by one within the last quarter, as the lifetime is that long ± an eighth.
+        worker_extra_args=[
+            "--no-dashboard",
+            *("--lifetime", f"{limit_s * 3 // 4}s", "--lifetime-stagger", f"{limit_s // 8}s"),
+            *configured["worker-extra-args"],
+        ],
+        scheduler_options={"dashboard_address": None, **configured["scheduler-options"]},
+    )
+    # A site that refuses these jobs would otherwise be asked again and again, without a word.
+    trial = subprocess.run(
+        ["sbatch", "--test-only"], input=cluster.job_script(), text=True, capture_output=True
+    )
+    if trial.returncode != 0:
+        cluster.close()
+        raise ValueError(
+            f"SLURM refuses the jobs of Dask workers: {trial.stderr.strip()}; export what your "
+            "site wants, such as SBATCH_PARTITION, SBATCH_ACCOUNT or SBATCH_TIMELIMIT"
+        )
+    cluster.adapt(minimum_jobs=workers, maximum_jobs=workers)  # replaces those that end
     return cluster
+
+
+def slurm_seconds(limit: str) -> int:
+    """The seconds of a time limit as SLURM writes them: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = limit.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        if len(parts) > 3:
+            raise ValueError
+        if dash:
+            hours, minutes, seconds = [*parts, 0, 0][:3]
+            return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    except ValueError:
+        raise ValueError(
+            f"SBATCH_TIMELIMIT is {limit!r}; write minutes, H:MM:SS or D-HH:MM:SS"
+        ) from None
+    if len(parts) < 3:
+        parts = [0, *parts, *[0] * (2 - len(parts))]
+    hours, minutes, seconds = parts
+    return (hours * 60 + minutes) * 60 + seconds

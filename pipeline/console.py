@@ -37,6 +37,11 @@ HELP = (
 )
 
 
+def parse(config: type[C], argv: Sequence[str] | None, *, prog: str) -> C:
+    """Read `argv` into `config`; says what is wrong and exits with 2, or with 0 after --help."""
+    return tyro.cli(config, args=argv, prog=prog, description=inspect.getdoc(config), config=HELP)
+
+
 def run(
     config: type[C], body: Callable[[C], int], argv: Sequence[str] | None = None, *, prog: str
 ) -> int:
@@ -44,13 +49,9 @@ def run(
     code 2.
     """
     try:
-        options = tyro.cli(
-            config, args=argv, prog=prog, description=inspect.getdoc(config), config=HELP
-        )
+        return body(parse(config, argv, prog=prog))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    try:
-        return body(options)
     except (ValueError, OSError) as mistake:
         print(f"{prog}: {mistake}", file=sys.stderr)
         return EXIT_USAGE

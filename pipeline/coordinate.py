@@ -43,6 +43,7 @@ def count_shards(job: ImageJob) -> int:
 def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterator[Outcome]:
     """Bring all images in; yields an outcome for each shard, and records each image that ends."""
     seconds = dict.fromkeys((job.image_id for job in jobs), 0.0)
+    nodes: dict[str, set[str]] = {job.image_id: set() for job in jobs}
     by_id = {job.image_id: job for job in jobs}
     left: dict[str, int] = {}
     ready: deque[Task] = deque()
@@ -51,7 +52,8 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
     def end(outcome: Outcome) -> None:
         if outcome.image_id not in ended:
             ended.add(outcome.image_id)
-            _record(store, by_id[outcome.image_id], outcome, seconds[outcome.image_id])
+            name = outcome.image_id
+            _record(store, by_id[name], outcome, seconds[name], nodes[name])
 
     def tasks() -> Iterator[Task]:
         for batch in _batches([job for job in jobs if count_shards(job) == 1]):
@@ -92,6 +94,7 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
         for outcome in _outcomes(arguments, result):
             job = by_id[outcome.image_id]
             seconds[outcome.image_id] += outcome.seconds
+            nodes[outcome.image_id].add(outcome.node)
             if outcome.state != "working":
                 end(outcome)
             elif outcome.image_id not in ended:
@@ -190,7 +193,9 @@ def _outcomes(arguments: tuple[Any, ...], result: Any) -> list[Outcome]:
     return [Outcome(job.image_id, "failed", reason, 0.0) for job in jobs]
 
 
-def _record(store: Store, job: ImageJob, outcome: Outcome, seconds: float) -> None:
+def _record(
+    store: Store, job: ImageJob, outcome: Outcome, seconds: float, nodes: set[str]
+) -> None:
     folder: Path = store.image_path(job.image_id)
     store.write_image_state(
         job.image_id,
@@ -208,6 +213,7 @@ def _record(store: Store, job: ImageJob, outcome: Outcome, seconds: float) -> No
             "split": job.source.split,
             "label": job.source.label,
             "seconds": round(seconds, 3),
+            "nodes": sorted(nodes),
             "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         },
     )

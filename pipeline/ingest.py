@@ -76,7 +76,9 @@ class Options:
     cluster: str = "local"
     """Where work runs: inline, local, slurm, or a Dask scheduler's address tcp://HOST:PORT."""
     workers: int | None = None
-    """Number of worker processes (local: one per core) or jobs (slurm: 1)."""
+    """Number of worker processes (local: one per core) or jobs (slurm: 1); at an address, how
+    many to wait for.
+    """
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -123,7 +125,8 @@ def ingest(options: Options) -> int:
                     "source": str(failure.path),
                 },
             )
-        with connect(options.cluster if missing else "inline", options.workers) as workers:
+        cluster, logs = options.cluster if missing else "inline", out.parent / "slurm-logs"
+        with connect(cluster, options.workers, logs) as workers:
             total = sum(count_shards(job) for job in missing)
             for _ in progress(run_jobs(store, missing, workers), total=total, desc="shards"):
                 pass

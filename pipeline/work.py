@@ -8,9 +8,11 @@ coverage.
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,18 +29,20 @@ from pipeline.tissue import tissue_mask
 
 TISSUE_LEVEL = 4
 COVERAGE_ROWS_PX = 1024
+_HOST = socket.gethostname()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended for one image: `ok` may still be without an end, which `state` has once
-    there is one.
+    """How a task ended for one image, and on which machine: `ok` may still be without an end,
+    which `state` has once there is one.
     """
 
     image_id: str
     state: Literal["working", "ok", "empty", "failed"]
     reason: str
     seconds: float
+    node: str = field(default_factory=lambda: os.environ.get("SLURMD_NODENAME", _HOST))
 
 
 def open_template(store_path: Path, job: ImageJob) -> OmeImage:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -24,13 +24,19 @@ sys.meta_path.insert(0, Hide())
 
 
 def start(
-    module: str, arguments: Sequence[str], launcher: Sequence[str] = ("-m",)
+    module: str,
+    arguments: Sequence[str],
+    launcher: Sequence[str] = ("-m",),
+    more: Mapping[str, str] = {},
 ) -> subprocess.Popen[str]:
-    """Start `python -m module`, or the module under a launcher, in a session of its own."""
+    """Start `python -m module`, or the module under a launcher, in a session of its own.
+
+    `more` goes into its environment.
+    """
     command = [sys.executable, *launcher, module, *arguments]
     return subprocess.Popen(
         command,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -51,15 +57,20 @@ def run(
     return output
 
 
-def stop_when(
-    process: subprocess.Popen[str], condition: Callable[[], bool], how: signal.Signals
-) -> str:
-    """Send a signal to the command once `condition` holds; its output."""
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Wait, while the command runs, until `condition` holds."""
     deadline = time.monotonic() + 200
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the command never came to that point"
         time.sleep(0.02)
+
+
+def stop_when(
+    process: subprocess.Popen[str], condition: Callable[[], bool], how: signal.Signals
+) -> str:
+    """Send a signal to the command once `condition` holds; its output."""
+    wait_for(process, condition)
     os.killpg(process.pid, how)
     return process.communicate(timeout=120)[0]
 

@@ -151,6 +151,8 @@ def test_mistakes_are_sentences(
         (["--scale", "3"], "--scale takes 1, 0.5"),
         (["--tile", "33"], "not a multiple of the coarse cell"),
         (["--steps", "0"], "takes a positive number"),
+        (["--share", "2"], "--share takes K/N"),
+        (["--share", "3/2"], "more than the last of 2 shares"),
     ):
         assert jobs.sample.main(arguments(chain, trained, tmp_path, *more)) == 2
         assert sentence in capsys.readouterr().err

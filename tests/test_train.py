@@ -3,13 +3,15 @@
 import json
 import shutil
 import signal
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chain import Chain, train_arguments
-from processes import run, start, stop_when
+from processes import run, start, stop_when, wait_for
 from safetensors.torch import load_file
 
 import jobs.train
@@ -137,3 +139,31 @@ def test_engine_state_of_another_user_is_not_loaded(
     assert "belongs to another user" in output
     assert "--init-from" in output and "Traceback" not in output
     assert state(folder)["step"] == 4
+
+
+def test_all_ranks_of_a_superseded_run_stop_before_they_write(
+    chain: Chain, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    arguments = train_arguments(chain, folder, 10_000, "--save-every", "5")
+    ranks = [
+        start("jobs.train", arguments, more={**meeting, "WORLD_SIZE": "2", "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    wait_for(ranks[0], lambda: state(folder).get("step", 0) != 0)
+    while True:  # the old owner may be just about to write its heartbeat
+        taken = {**state(folder), "owner": "elsewhere:1:0"}
+        (folder / "state.json").write_text(json.dumps(taken))
+        time.sleep(0.1)
+        if state(folder) == taken:
+            break
+    lines = len(metrics(folder))
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=120)
+        assert f"rank {rank} stops: another process has taken" in output
+        assert process.returncode == EXIT_PREEMPTED
+    assert state(folder) == taken
+    assert len(metrics(folder)) == lines
