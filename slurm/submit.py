@@ -38,9 +38,14 @@ PASSED_ON = ("nodes", "gpus_per_node", "cpus_per_task", "mem", "time", "partitio
 
 @dataclass(frozen=True)
 class Submit:
-    """Submit a stage to SLURM: python -m slurm.submit STAGE [OPTIONS] -- STAGE ARGUMENTS.
+    """Submit a stage, or a chain of them, to SLURM.
 
-    Options that are not given are the batch script's, or those of SBATCH_ variables in site.env.
+        python -m slurm.submit train --nodes 2 --gpus-per-node 8 -- packs --run run
+        python -m slurm.submit --chain main.chain
+        python -m slurm.submit --status
+
+    What stands after -- is the stage's own command line, checked before it is queued. Options that
+    are not given are the batch script's, or those of SBATCH_ variables in site.env.
     """
 
     stage: Annotated[str | None, tyro.conf.Positional] = None
@@ -62,7 +67,9 @@ class Submit:
     time: str | None = None
     """Time limit, as SLURM writes it: 4:00:00 or 1-12 (a day and a half)."""
     partition: str | None = None
+    """Partition of the cluster, as sinfo lists them."""
     account: str | None = None
+    """Whom the time is charged to, where the site asks."""
     array: int | None = None
     """Jobs among which the regions are shared (sample)."""
     after: tuple[str, ...] = ()
@@ -130,12 +137,15 @@ def make_job(options: Submit, arguments: Sequence[str]) -> Job:
 
 
 def options_of(module: str) -> type[Any]:
-    """The options of a stage: the dataclass of its module that has dry_run, as all commands do."""
+    """The options of a stage: the dataclass beside its main that has dry_run, as all commands
+    do.
+    """
+    home = importlib.import_module(module).main.__module__
     (found,) = (
         value
-        for value in vars(importlib.import_module(module)).values()
+        for value in vars(sys.modules[home]).values()
         if isinstance(value, type)
-        and value.__module__ == module
+        and value.__module__ == home
         and is_dataclass(value)
         and any(field.name == "dry_run" for field in fields(value))
     )
@@ -256,7 +266,7 @@ def _sbatch(command: Sequence[str], environment: Mapping[str, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     own, arguments = split(sys.argv[1:] if argv is None else argv)
     return console.run(
-        Submit, lambda options: submit(options, arguments), own, prog="slurm.submit"
+        Submit, lambda options: submit(options, arguments), own, prog="python -m slurm.submit"
     )
 
 

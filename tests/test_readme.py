@@ -27,6 +27,9 @@ README = (ROOT / "README.md").read_text()
 ELSEWHERE = {
     "make demo": "takes 12 minutes; tests/test_demo.py runs it smaller, and kills it",
     "make demo SLIDES=path/to/slide.svs OUT=out": "the same, with a slide that is not here",
+    "make demo SLIDES=scan.tif SOURCE_MPP=0.25": "the same, with a slide that is not here",
+    "make demo SLIDES=chips/ SIZE=2048": "the same, with a folder that is not here",
+    "make compare": "takes half an hour; tests/test_compare.py runs it smaller",
     "make test": "is what runs this test",
     "deepspeed --no_local_rank --module jobs.train packs --run run": (
         "tests/test_train.py runs this launcher, with two ranks"
@@ -45,6 +48,8 @@ SMALLER: dict[str, dict[str, tuple[str, ...]]] = {
     "jobs.train": {"--preset": ("tiny",), "--steps": ("2",), "--batch": ("2",)},
     "jobs.sample": {"--size": ("256",), "--steps": ("2",)},
     "pipeline.export": {},
+    "jobs.evaluate": {},
+    "jobs.report": {},
     "jobs.info": {},
     "jobs.doctor": {},
 }

@@ -26,7 +26,13 @@ FREE_BYTES = 4_000_000_000
 
 @dataclass(frozen=True)
 class Compare:
-    """Train, paint and evaluate contestants on equal terms; the same command resumes."""
+    """Train, paint and evaluate contestants on equal terms; the same command resumes.
+
+    python -m jobs.compare docs/compare/two_cores.toml --out compare
+    python -m jobs.compare docs/compare/two_cores.toml --out compare --slides slides/
+
+    The file says what is shared (minutes, images, sizes) and what each contestant has of its own.
+    """
 
     config: Annotated[Path, tyro.conf.Positional]
     """The TOML file that describes the comparison; docs/compare has some."""
@@ -206,4 +212,4 @@ def _conclude(comparison: Comparison, folders: Folders, regions: Sequence[Region
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Compare, compare, argv, prog="jobs.compare")
+    return console.run(Compare, compare, argv, prog="python -m jobs.compare")

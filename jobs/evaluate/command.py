@@ -70,7 +70,13 @@ OF_FEATURES, OF_CROPS = {"crop_fid", "kid"}, {"crop_fid", "kid", "spectrum", "se
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Compare painted images with the real ones of a store: Crop FID and more, with floors."""
+    """Compare painted images with the real ones of a store: Crop FID and more, with floors.
+
+        python -m jobs.evaluate --real dataset.zarr --generated images --out metrics.json
+        python -m jobs.evaluate --real d.zarr --generated images --out m.json --metrics crop_fid
+
+    The protocol is written down in the output. A second run measures only what has changed.
+    """
 
     real: Path
     """The dataset store."""
@@ -93,6 +99,7 @@ class EvaluateOptions:
     white_level: float | None = None
     """For uint16 images and networks trained on 8 bits: the count that is white."""
     seed: int = 0
+    """Another seed draws other crops, where there are more than --max-crops, and other floors."""
     device: str = "auto"
     """cpu, cuda or cuda:N."""
     dry_run: bool = False
@@ -334,4 +341,4 @@ def summary(found: dict[str, Any], out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(EvaluateOptions, evaluate, argv, prog="jobs.evaluate")
+    return console.run(EvaluateOptions, evaluate, argv, prog="python -m jobs.evaluate")

@@ -36,6 +36,9 @@ class Report:
     """Write a page about painted images: each beside its condition and the nearest training
     region, the training, the metrics, and where all came from.
 
+        python -m jobs.report images --out report
+        python -m jobs.report images --out report --metrics metrics.json --store dataset.zarr
+
     The folder opens in any browser, from disk; copy or zip it as a whole.
     """
 
@@ -140,4 +143,4 @@ def _arguments(options: Report) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(Report, report, argv, prog="jobs.report")
+    return console.run(Report, report, argv, prog="python -m jobs.report")
