@@ -403,7 +403,7 @@ def test_mistakes_are_sentences(
 def test_a_crop_is_valid_where_all_that_conditioned_it_is(squares: tuple[int, int]) -> None:
     """Against the whole mask: regions side by side, or one that is reflected at every border."""
     side, rng = 320, np.random.default_rng(7)
-    cells = rng.random((*squares, side // 32, side // 32)) < 0.97
+    cells = rng.random((*squares, side // 32, side // 32)) < 0.99
     masks = [[m.repeat(32, axis=0).repeat(32, axis=1) for m in row] for row in cells]
     whole = np.block(masks)
     if squares == (1, 1):
@@ -411,7 +411,7 @@ def test_a_crop_is_valid_where_all_that_conditioned_it_is(squares: tuple[int, in
     found = set()
     for y in range(0, whole.shape[0] - 255, 37):
         for x in range(0, whole.shape[1] - 255, 37):
-            expected = bool(whole[y : y + 256, x : x + 256].all())
+            expected = bool(whole[y : y + 256, x : x + 256].mean() >= 0.99)
             assert crop_is_valid(masks, y, x) == expected
             found.add(expected)
     assert found == {True, False}

@@ -4,7 +4,7 @@ Protocol. Lossless pixels of level 0 only. Painted images are tiled by 256 px cr
 corner. Real crops of 256 px tile the regions that were held out (val and test; all regions where
 those give fewer than 4), without overlap. Crops of slides are taken as they are, glass included,
 on both sides; crops of aerial images are wholly valid data, and a painted crop counts only where
-the region that conditioned it is. At most --max-crops a side, chosen by the seed. The feature
+99 % of what conditioned it is. At most --max-crops a side, chosen by the seed. The feature
 network sees a crop as its own protocol demands. Crop FID is the squared Frechet distance of the
 two Gaussians fitted to all features; KID the unbiased squared maximum mean discrepancy with the
 kernel (x.y / d + 1)^3 over all pairs. Their floor is what real crops score against other real

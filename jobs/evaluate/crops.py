@@ -3,8 +3,9 @@
 Painted crops tile every painted image from its corner; real crops tile the regions of the store
 that were held out, without overlap. Crops of a slide are taken as they come, glass included: a
 region passed the store's least tissue as a whole, and so did the condition of a painted image.
-Crops of aerial images must be wholly valid data, and a painted crop must lie where what
-conditioned it is: its region and, beyond it, the region's reflection or the regions beside it.
+Real crops of aerial images must be wholly valid data; painted pixels are never missing, so a
+painted crop only has to lie where 99 % of what conditioned it is valid: its region and, beyond it,
+the region's reflection or the regions beside it.
 Where there are more crops than wanted, which are kept is keyed by the seed.
 
 Crops that lie side by side are alike, so intervals and floors are drawn over *groups*: whole
@@ -27,6 +28,7 @@ from pipeline.store import Region, Store
 
 MIN_REAL_CROPS = 4
 """Two for a distance, twice for its floor."""
+MIN_VALID = 0.99
 MIN_GROUPS, MAX_GROUPS = 16, 32
 MAX_BLOCK_PX = 16_384
 CANDIDATES_PER_CROP = 16
@@ -159,7 +161,7 @@ def _valid_data(item: Painted, store: Store) -> Valid | None:
 
 
 def crop_is_valid(valid: Valid, y: int, x: int) -> bool:
-    """Whether all of a crop lies on valid data: of the regions side by side, or of the only one,
+    """Whether a crop lies on valid data: of the regions side by side, or of the only one,
     reflected.
     """
     side = len(valid[0][0])
@@ -168,13 +170,14 @@ def crop_is_valid(valid: Valid, y: int, x: int) -> bool:
         rows, columns = (
             np.minimum(i % (2 * side), -(i + 1) % (2 * side)) for i in (rows, columns)
         )
-    return all(
+    covered = sum(
         valid[i][j][
             np.ix_(rows[rows // side == i] % side, columns[columns // side == j] % side)
-        ].all()
+        ].sum()
         for i in np.unique(rows // side)
         for j in np.unique(columns // side)
     )
+    return bool(covered >= MIN_VALID * CROP_PX**2)
 
 
 def real_crops(store: Store, limit: int, seed: int) -> tuple[list[Crop], str]:
