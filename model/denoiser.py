@@ -24,7 +24,7 @@ from model.coarse import CoarseNet
 from model.config import PyramidConfig
 from model.haar import detail, repeat, slope_detail
 from model.process import Octaves, precondition
-from model.wiener import wiener
+from model.wiener import precondition_lattice, wiener
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class PyramidDenoiser(nn.Module):
     ) -> Descent:
         """The coarse level, all of it."""
         level = self.config.coarse_level
-        factors = precondition(self.octaves, level, log_snr)
+        factors = precondition_lattice(self.octaves, log_snr)
         b, h, w, _ = observed.shape
         device = observed.device
         looked_up = tokens.at(
@@ -221,5 +221,6 @@ class PyramidDenoiser(nn.Module):
         log_snr: Float[Tensor, " n"],
     ) -> Float[Tensor, "n h w c"]:
         """What F should have been at `level`."""
-        wanted = truth if level == self.config.coarse_level else detail(truth)
-        return (wanted - known) / precondition(self.octaves, level, log_snr).c_out
+        if level == self.config.coarse_level:
+            return (truth - known) / precondition_lattice(self.octaves, log_snr).c_out
+        return (detail(truth) - known) / precondition(self.octaves, level, log_snr).c_out

@@ -13,7 +13,7 @@ sqrt(abar) = u_0 + sigma xi, signal variance S and noise variance N = sigma^2 n,
 
 where mu is what the coarser levels predict; F has unit variance as input, as output and in the
 loss. The sum over levels of the mean loss at each is Theorem 1's norm C^{-1/2} in the Haar basis.
-The lattice holds several octaves, whose linear estimate is `wiener`'s; c_out is that one's error.
+A pyramid's lattice holds several octaves, whose linear estimate is better (see `wiener`).
 """
 
 from dataclasses import dataclass
@@ -105,13 +105,10 @@ def precondition(octaves: Octaves, level: int, log_snr: Float[Tensor, " b"]) -> 
     signal, noise = octaves.variances(level)
     total_noise = noise * torch.exp(-log_snr)
     total = signal + total_noise
-    error = signal * total_noise / total
-    if level == octaves.coarse_level:
-        error = octaves.lattice_error(log_snr)
     shape = (-1, 1, 1, 1)
     return Preconditioning(
         c_in=total.rsqrt().view(shape),
         c_skip=(signal / total).view(shape),
-        c_out=error.sqrt().view(shape),
+        c_out=(signal * total_noise / total).sqrt().view(shape),
         log_snr=torch.log(signal / total_noise),
     )

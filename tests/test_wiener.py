@@ -7,8 +7,7 @@ import torch
 from fields import OCTAVES
 from torch import Tensor
 
-from model.process import precondition
-from model.wiener import cosine_basis, mode_offsets, wiener
+from model.wiener import cosine_basis, mode_offsets, precondition_lattice, wiener
 
 SIZES = [(8, 8), (12, 20), (1, 16), (37, 5)]
 
@@ -80,5 +79,5 @@ def test_the_networks_part_has_unit_variance_for_a_field_of_these_octaves() -> N
             signal = OCTAVES.signal[octave]
             noise = signal * math.exp(-OCTAVES.offset(octave) - log_snr)
             wanted += signal * noise / (signal + noise)
-        found = float(precondition(OCTAVES, level, value).c_out.square())
+        found = float(precondition_lattice(OCTAVES, value).c_out.square())
         assert found == pytest.approx(wanted, rel=1e-6)
