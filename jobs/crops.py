@@ -3,9 +3,10 @@
 Painted crops tile every painted image from its corner; real crops tile the regions of the store
 that were held out, without overlap. Crops of a slide are taken as they come, glass included: a
 region passed the store's least tissue as a whole, and so did the condition of a painted image.
-Crops of aerial images must be wholly valid data, and a painted crop must lie where its region is
-(beyond the region: where its reflection is, since the condition is continued by reflection).
-Where there are more crops than wanted, which are kept is keyed by the seed.
+Real crops of aerial images must be wholly valid data; painted pixels are never missing, so a
+painted crop only has to lie where 99 % of its region is valid (beyond the region: of the region's
+reflection, since the condition is continued by reflection). Where there are more crops than
+wanted, which are kept is keyed by the seed.
 
 Crops that lie side by side are alike, so intervals and floors are drawn over *groups*: whole
 images where there are enough, else square blocks of images, as large as leaves enough of them.
@@ -27,6 +28,7 @@ from pipeline.store import Region, Store
 
 MIN_REAL_CROPS = 4
 """Two for a distance, twice for its floor."""
+MIN_VALID = 0.99
 MIN_GROUPS, MAX_GROUPS = 16, 32
 MAX_BLOCK_PX = 16_384
 CANDIDATES_PER_CROP = 16
@@ -123,7 +125,7 @@ def painted_crops(painted: Sequence[Painted], store: Store, limit: int, seed: in
         valid = _valid_region(item, store)
         for y in range(0, height - CROP_PX + 1, CROP_PX):
             for x in range(0, width - CROP_PX + 1, CROP_PX):
-                if valid is None or _reflected(valid, y, x).all():
+                if valid is None or _reflected(valid, y, x).mean() >= MIN_VALID:
                     bordered = y + CROP_PX < height and x + CROP_PX < width
                     crops.append(Crop(item.name, y, x, bordered))
     return sorted(keyed(crops, seed)[:limit])

@@ -3,19 +3,20 @@
 Protocol. Lossless pixels of level 0 only. Painted images are tiled by 256 px crops from their
 corner. Real crops of 256 px tile the regions that were held out (val and test; all regions where
 those give fewer than 4), without overlap. Crops of slides are taken as they are, glass included,
-on both sides; crops of aerial images are wholly valid data, and a painted crop counts only where
-the region that conditioned it is. At most --max-crops a side, chosen by the seed. The feature
-network sees a crop as its own protocol demands. Crop FID is the squared Frechet distance of the
-two Gaussians fitted to all features; KID the unbiased squared maximum mean discrepancy with the
-kernel (x.y / d + 1)^3 over all pairs. Their floor is what real crops score against other real
-crops: one draw of as many as were painted (at most half of the real ones) against all that is left
-of the real ones, no image or block of an image in both, the mean over 8 such splits. Their
-interval is a 95 % delete-a-group jackknife over whole images, or over blocks of images where there
-are fewer than 16 images, on both sides; it is of the value at these numbers of crops, so compare
-values at equal n only, and with the floor. Spectrum: mean square of the Haar details of every
-octave. Seams: mean step between pixels at multiples of a period over the mean step elsewhere.
-Condition cosine: of each token with the embedding of what was painted under it, and of tokens that
-do not belong together. Layout: root mean square distance of 64 x 64 px thumbnails.
+on both sides; real crops of aerial images are wholly valid data, and a painted crop counts only
+where 99 % of the region that conditioned it is. At most --max-crops a side, chosen by the seed.
+The feature network sees a crop as its own protocol demands. Crop FID is the squared Fréchet
+distance of the two Gaussians fitted to all features; KID the unbiased squared maximum mean
+discrepancy with the kernel (x.y / d + 1)^3 over all pairs. Their floor is what real crops score
+against other real crops: one draw of as many as were painted (at most half of the real ones)
+against all that is left of the real ones, no image or block of an image in both, the mean over 8
+such splits. Their interval is a 95 % delete-a-group jackknife over whole images, or over blocks of
+images where there are fewer than 16 images, on both sides; it is of the value at these numbers of
+crops, so compare values at equal n only, and with the floor. Spectrum: mean square of the Haar
+details of every octave. Seams: mean step between pixels at multiples of a period over the mean
+step elsewhere. Condition cosine: of each token with the embedding of what was painted under it,
+and of tokens that do not belong together. Layout: root mean square distance of 64 x 64 px
+thumbnails.
 """
 
 import os
