@@ -8,15 +8,15 @@ small regions is no kaleidoscope. Regions that were not trained on have only suc
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from conditioning.tokens import fit
 from pipeline.embeddings import TokenLattice
-from pipeline.store import Region
+from pipeline.store import Region, Store
 
 Fill = Literal["reflect", "regions"]
 
@@ -41,6 +41,24 @@ def lay_out(
             order += [others[i] for i in random.permutation(len(others))] or [own]
         beside = order[: rows * columns]
     return [beside[row * columns : (row + 1) * columns] for row in range(rows)]
+
+
+def recorded_layout(
+    identity: Mapping[str, Any], store: Store, own: Region
+) -> tuple[tuple[Region, ...], ...]:
+    """The regions side by side that conditioned a painted image, or its own alone, from what
+    jobs.sample recorded: numbers in the store's table of regions as it was then.
+    """
+    numbers = identity.get("layout", [])
+    if len({number for row in numbers for number in row}) < 2:
+        return ((own,),)
+    if identity.get("store_fingerprint") != store.fingerprint():
+        raise ValueError(
+            "it was conditioned by several regions of another table of regions; ingest as before "
+            "or paint it again"
+        )
+    regions = store.regions()
+    return tuple(tuple(regions[number] for number in row) for row in numbers)
 
 
 def condition_of(

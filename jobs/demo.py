@@ -110,10 +110,10 @@ def demo(options: Demo) -> int:
         [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
     )
     images, training = out / "images", _train_arguments(options, packs, run)
-    trained = progress.is_done("jobs.train", training)
-    progress.run("jobs.train", training)
-    if not trained:
+    if not progress.is_done("jobs.train", training):
+        progress.forget_after("jobs.train")
         shutil.rmtree(images, ignore_errors=True)  # painted by other weights
+    progress.run("jobs.train", training)
     arguments = [run, "--condition", store_path, "--out", str(images), "--size", str(options.size)]
     arguments += ["--steps", str(options.steps), "--guidance", "1"]
     arguments += ["--format", *_formats(store)]
@@ -121,6 +121,8 @@ def demo(options: Demo) -> int:
         arguments += ["--fill", "regions"]
     if options.region is not None:
         arguments += ["--region", str(options.region)]
+    if progress.has_changed("jobs.sample", arguments):
+        shutil.rmtree(images, ignore_errors=True)
     progress.run("jobs.sample", arguments)
     metrics, report = out / "metrics.json", out / "report"
     arguments = ["--real", store_path, "--generated", str(images), "--out", str(metrics)]
@@ -209,6 +211,9 @@ def _follows(metrics: Path, report: Path) -> bool:
     found = json.loads(metrics.read_text())
     follows = True
     for name, layout in found.get("layout", {}).items():
+        if layout["nearest_other"] is None:
+            console.say(f"demo: {name}: there is no other region to compare it with")
+            continue
         nearest = layout["own"] < layout["nearest_other"]
         follows &= nearest
         console.say(

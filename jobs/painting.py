@@ -6,6 +6,7 @@ noise, a function of place, needs no state.
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -72,7 +73,8 @@ def paint(
         memory = [_field(work, name, shape) for name in ("estimate0", "estimate1")]
     low, high = denoiser.octaves.log_snr_range()
     steps = uniform_steps(low, high, max(recipe.steps - 1, 1))
-    done = _done(work, recipe)
+    done, seconds_before = _done(work, recipe)
+    started = time.monotonic()
     if done == 0:
         tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
         start(fields[0], tree, recipe.seed, low, level=recipe.level)
@@ -83,7 +85,7 @@ def paint(
             advance(painter, solver, steps[number], state, partial(report, number))
         else:
             finish(painter, high if number else low, state, partial(report, number))
-        _mark(work, recipe, number + 1)
+        _mark(work, recipe, number + 1, seconds_before + time.monotonic() - started)
     return fields[recipe.steps % 2]
 
 
@@ -96,15 +98,22 @@ def _field(work: Path | None, name: str, shape: tuple[int, int, int]) -> ArrayFi
     return ArrayField(np.memmap(file, np.float32, "r+" if whole else "w+", shape=shape))
 
 
-def _done(work: Path | None, recipe: Recipe) -> int:
-    """Steps that an earlier process finished of the same recipe."""
+def painting_seconds(work: Path) -> float:
+    """What the finished steps took, in all processes that took them."""
+    return float(json.loads((work / "state.json").read_text())["seconds"])
+
+
+def _done(work: Path | None, recipe: Recipe) -> tuple[int, float]:
+    """Steps that earlier processes finished of the same recipe, and the seconds they took."""
     file = None if work is None else work / "state.json"
     if file is None or not file.is_file():
-        return 0
+        return 0, 0.0
     state = json.loads(file.read_text())
-    return int(state["done"]) if state["recipe"] == recipe.to_json() else 0
+    same = state["recipe"] == recipe.to_json()
+    return (int(state["done"]), float(state["seconds"])) if same else (0, 0.0)
 
 
-def _mark(work: Path | None, recipe: Recipe, done: int) -> None:
+def _mark(work: Path | None, recipe: Recipe, done: int, seconds: float) -> None:
     if work is not None:
-        console.write_json_atomic(work / "state.json", {"recipe": recipe.to_json(), "done": done})
+        state = {"recipe": recipe.to_json(), "done": done, "seconds": round(seconds, 1)}
+        console.write_json_atomic(work / "state.json", state)

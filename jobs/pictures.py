@@ -36,7 +36,7 @@ def reduced(
     level.
     """
     level = 0
-    while max(height, width) >> (level + 1) >= longest:
+    while level + 1 < image.num_levels and max(height, width) >> (level + 1) >= longest:
         level += 1
     rows, columns = max(height >> level, 1), max(width >> level, 1)
     pixels = as_rgb(image, y >> level, x >> level, rows, columns, config, level)

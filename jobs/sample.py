@@ -4,8 +4,8 @@ An image is painted tile by tile in fields on disk, written as OME-Zarr, then ex
 command goes on with the step it was in, and images that are done are kept.
 """
 
+import contextlib
 import json
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ import tyro
 from conditioning.encoders import choose_device
 from conditioning.layout import Fill, condition_of, in_words, lay_out
 from conditioning.tokens import from_store, to_condition
-from jobs.painting import SOLVERS, Recipe, paint
+from jobs.painting import SOLVERS, Recipe, paint, painting_seconds
 from jobs.run import Run, RunConfig
 from model.config import DenoiserConfig
 from model.family import Denoiser, make_painter
@@ -227,7 +227,17 @@ def _needed_bytes(options: Sample, plan: Plan, work_bytes: int) -> int:
     values = len(packs.bands) * plan.recipe.height * plan.recipe.width
     pixel_bytes = int(PYRAMID_FACTOR * np.dtype(packs.dtype).itemsize * values)
     files = 1 + sum({"zarr": 0, "cog": 2}.get(kind, 1) for kind in options.format)
-    return len(todo) * files * pixel_bytes + (work_bytes if todo else 0)
+    there = sum(
+        _disk_bytes(options.out / f"{prefix}{_name(options, r)}{suffix}")
+        for r in todo
+        for prefix, suffix in ((".work-", ""), ("", ".zarr"))
+    )
+    return max(len(todo) * files * pixel_bytes + (work_bytes if todo else 0) - there, 0)
+
+
+def _disk_bytes(folder: Path) -> int:
+    """What a folder takes on its disk; 0 where there is none."""
+    return sum(512 * file.stat().st_blocks for file in folder.rglob("*") if file.is_file())
 
 
 def _identity(
@@ -270,7 +280,7 @@ def _paint(
     identity: dict[str, Any],
 ) -> dict[str, float]:
     """Paint one image and write it as OME-Zarr; what that cost."""
-    started = time.monotonic()
+    _forget_peak_memory()
     recipe = plan.recipe
     work = options.out / f".work-{name}"
     begun = work / "identity.json"
@@ -292,13 +302,26 @@ def _paint(
     cells = recipe.height * recipe.width
     with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
         field = paint(denoiser, painter, recipe, work, lambda step, n: count(step * cells, n))
+    painted = time.monotonic()
     attributes = {**_place(store, region, 2**recipe.level), "gigabrush": identity}
     _write_image(plan, field, options.out / f"{name}.zarr", attributes)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gb": round(peak_bytes / 1e9, 2),
+        "seconds": round(painting_seconds(work) + time.monotonic() - painted, 1),
+        "peak_memory_gb": round(_peak_memory_bytes() / 1e9, 2),
     }
+
+
+def _forget_peak_memory() -> None:
+    """Begin a new peak: this process may have trained before."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory_bytes() -> int:
+    """The most that was resident since then."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(peak) * 1024
 
 
 def _place(store: Store, region: Region, scale: int) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class Progress:
         recorded = self.done.get(name)
         return recorded is not None and recorded["command"] == [module or name, *arguments]
 
+    def has_changed(self, name: str, arguments: Sequence[str], module: str | None = None) -> bool:
+        """Whether the stage has ended by another command than this one."""
+        return name in self.done and not self.is_done(name, arguments, module)
+
     def claim(self, name: str, value: Any) -> None:
         """Record what all is made from; refuse a folder made from something else."""
         if self.done.setdefault(name, value) != value:
@@ -69,3 +73,4 @@ class Progress:
             for stage in stages:
                 if stages[stage]["order"] > recorded["order"]:
                     del self.done[stage]
+            console.write_json_atomic(self.file, self.done)

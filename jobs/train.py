@@ -217,6 +217,8 @@ class Trainer:
         options, first = self.options, 0
         if before is not None and before.checkpoint is not None:
             first = self._resume(before)
+        if self.ranks.rank == 0:
+            self.run.forget_metrics_after(first)
         seconds_before = before.seconds if before is not None and first else 0.0
         handler = signal.signal(signal.SIGTERM, self._stop)
         started = time.monotonic()
@@ -349,7 +351,6 @@ class Trainer:
         ema = self.run.read_weights(before.step, "ema")
         self.ema = {name: value.to(self.ranks.device) for name, value in ema.items()}
         if self.ranks.rank == 0:
-            self.run.forget_metrics_after(before.step)
             console.say(f"train: resuming at step {before.step}")
         return before.step
 

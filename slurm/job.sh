@@ -13,9 +13,11 @@ fi
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 
 # The last line of the log says how the job ended: many sites have no sacct. A stage that finished
-# although some inputs failed (3; each is named in the log) must not cancel what waits for it.
+# although some inputs failed (3; each is named in the log) must not cancel what waits for it. A
+# script names in `leftover` the file that nothing needs after it.
 finish() {
   local code=$?
+  rm -f -- ${leftover:+"$leftover"}
   echo "$SLURM_JOB_NAME: ended with exit code $code"
   if ((code == 3)); then exit 0; fi
 }

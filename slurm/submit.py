@@ -153,7 +153,9 @@ def options_of(module: str) -> type[Any]:
 
 
 def read_chain(common: Submit, file: Path) -> list[Job]:
-    """The jobs of a chain; the options `common` hold where a line has none of its own."""
+    """The jobs of a chain; the options `common` hold for every line that takes them and has none
+    of its own.
+    """
     jobs = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         words = shlex.split(line, comments=True)
@@ -167,12 +169,27 @@ def read_chain(common: Submit, file: Path) -> list[Job]:
             if getattr(options, field.name) != field.default
         }
         try:
-            jobs.append(make_job(replace(common, chain=None, **changed), arguments))
+            for name in ("chain", "status", "dry_run", "logs"):
+                if name in changed:
+                    raise ValueError(f"--{name.replace('_', '-')} stands beside --chain, not here")
+            jobs.append(make_job(replace(shared(common, options.stage), **changed), arguments))
         except ValueError as mistake:
             raise ValueError(f"{file}, line {number}: {mistake}") from mistake
     if not jobs:
         raise ValueError(f"{file} is empty; write one STAGE [OPTIONS] -- ARGUMENTS a line")
     return jobs
+
+
+def shared(common: Submit, stage: str | None) -> Submit:
+    """The options beside --chain, as far as a stage takes them."""
+    gpus = common.gpus_per_node
+    return replace(
+        common,
+        chain=None,
+        nodes=common.nodes if stage in ON_MANY_NODES else None,
+        gpus_per_node=gpus if stage == "train" or gpus is None else min(gpus, 1),
+        array=common.array if stage == "sample" else None,
+    )
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -54,7 +54,10 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
         shown = np.asarray(opened.read_region((0, 0), 0, (SIZE, SIZE)).convert("RGB"))
         np.testing.assert_array_equal(file.series[0].levels[0].asarray(), shown)
         assert float(opened.properties["openslide.mpp-y"]) == pytest.approx(0.5)
-    assert list(out.glob("*.png"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["n"]["generated"] == (SIZE // 256) ** 2
+    assert f"Crop FID {metrics['crop_fid']['value']:.4g}" in output
+    assert ome.name.removesuffix(".ome.tif") in (out / "report" / "index.html").read_text()
     again = run("jobs.demo", command, good=(0, 3))
     assert again.count("is already done") == len(done())
     assert "python -m" not in again

@@ -12,7 +12,12 @@ from openslide import OpenSlide
 from processes import run, start, stop_when
 
 import jobs.sample
-from jobs.evaluate.metrics import layout_match, thumbnail
+from jobs.evaluate.metrics import (
+    LayoutMatch,
+    layout_distances,
+    region_thumbnails,
+    thumbnail,
+)
 from pipeline.ome import OmeImage
 from pipeline.store import Store
 
@@ -128,11 +133,12 @@ def test_layouts_are_compared_with_every_region(chain: Chain) -> None:
     regions = store.regions()
     image = store.image(regions[0].image)
     corner = next(r for r in regions if (r.y, r.x) == (0, 0))
-    match = layout_match(image, store, corner, regions)
+    far = layout_distances(image, region_thumbnails(store, regions, corner.side), corner.side)
+    match = LayoutMatch.of(far, corner.index)
     assert match.own == 0.0
     assert match.follows
     other = next(r for r in regions if r.index != corner.index)
-    assert not layout_match(image, store, other, regions).follows
+    assert not LayoutMatch.of(far, other.index).follows
     whole = image.read(0, 0, 256, 256).astype(float)
     means = whole.reshape(3, 64, 4, 64, 4).mean(axis=(2, 4))
     assert abs(thumbnail(image, 0, 0, 256) - means).mean() < 4

@@ -64,11 +64,14 @@ def compare(options: Compare) -> int:
     slides = list(options.slides or comparison.slides)
     names = [contestant.name for contestant in comparison.contestants]
     trained = len(names) * comparison.minutes
-    console.say(
+    begun = (options.out / "dataset.zarr").is_dir()
+    console.say_plan(
         f"compare: {' against '.join(names)} on {', '.join(slides) or 'a phantom slide'}: "
         f"{comparison.minutes:g} minutes of training each ({trained:g} in all), "
         f"{comparison.images} regions that were held out, painted at "
-        f"{comparison.size}x{comparison.size} px, evaluated by jobs.evaluate; -> {options.out}"
+        f"{comparison.size}x{comparison.size} px, evaluated by jobs.evaluate; -> {options.out}",
+        options.out,
+        0 if begun else FREE_BYTES,
     )
     for contestant in comparison.contestants:
         console.say(
@@ -80,8 +83,6 @@ def compare(options: Compare) -> int:
         return console.EXIT_DONE
     progress = Progress(options.out / "stages.json", "comparison")
     progress.claim("slides", sorted(slides))
-    if len(progress.done) < 2:
-        console.check_free_disk(options.out, FREE_BYTES)
     folders = Folders(options.out)
     encoder = _prepare(comparison, slides, folders, progress)
     regions = held_out(Store.open(Path(folders.store)).regions(), comparison.images)
@@ -151,6 +152,7 @@ def _train(
         *contestant.train,
     ]
     if not progress.is_done(name, arguments, "jobs.train"):
+        progress.forget_after(name)
         shutil.rmtree(folders.of(contestant, "images"), ignore_errors=True)  # by other weights
     progress.run("jobs.train", arguments, name)
 
@@ -162,17 +164,16 @@ def _paint_and_evaluate(
     regions: Sequence[Region],
     progress: Progress,
 ) -> int:
-    images = folders.of(contestant, "images")
-    progress.run(
-        "jobs.sample",
-        [
-            *(folders.of(contestant, "run"), "--condition", folders.store, "--out", images),
-            *("--region", *(str(region.index) for region in regions)),
-            *("--size", str(comparison.size), "--format", "zarr"),
-            *(*comparison.sample, *contestant.sample),
-        ],
-        f"sample {contestant.name}",
-    )
+    images, name = folders.of(contestant, "images"), f"sample {contestant.name}"
+    arguments = [
+        *(folders.of(contestant, "run"), "--condition", folders.store, "--out", images),
+        *("--region", *(str(region.index) for region in regions)),
+        *("--size", str(comparison.size), "--format", "zarr"),
+        *(*comparison.sample, *contestant.sample),
+    ]
+    if progress.has_changed(name, arguments, "jobs.sample"):
+        shutil.rmtree(images, ignore_errors=True)
+    progress.run("jobs.sample", arguments, name)
     return progress.run(
         "jobs.evaluate",
         [
@@ -186,14 +187,12 @@ def _paint_and_evaluate(
 def _conclude(comparison: Comparison, folders: Folders, regions: Sequence[Region]) -> None:
     """Write and print the table, and draw the picture."""
     from jobs.compare.scoreboard import draw_picture, hardware, read_score, to_markdown
-    from jobs.run import commit
 
     scores = [
         read_score(contestant, folders.out / contestant.name, comparison)
         for contestant in comparison.contestants
     ]
     facts = {
-        "commit": commit(),
         "hardware": hardware(),
         "minutes": comparison.minutes,
         "regions": [region.index for region in regions],

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from jobs.compare.contest import Comparison, Contestant
 from jobs.pictures import liveliest, reduced
+from jobs.record import read_record
 from jobs.run import Run
 from pipeline.ome import OmeImage
 from pipeline.store import Region, Store
@@ -39,6 +40,11 @@ def read_score(contestant: Contestant, folder: Path, comparison: Comparison) -> 
     run = Run(folder / "run")
     state, config = run.state(), run.config()
     assert state is not None and state.checkpoint is not None
+    if state.seconds > 60 * (comparison.minutes * 1.2 + 1):
+        raise ValueError(
+            f"{run.path} was trained for {state.seconds / 60:.1f} minutes and the comparison asks "
+            f"for {comparison.minutes:g}; choose another --out"
+        )
     weights = folder / "run" / "checkpoints" / state.checkpoint / "ema.safetensors"
     with safe_open(weights, "pt") as file:
         sizes = [int(np.prod(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118
@@ -46,6 +52,7 @@ def read_score(contestant: Contestant, folder: Path, comparison: Comparison) -> 
     seconds = [float(record["seconds"]) for record in records]
     return {
         "name": contestant.name,
+        "commit": read_record(run.path)["commit"],
         "preset": contestant.preset,
         "parameters": sum(sizes),
         "minutes": state.seconds / 60,
@@ -69,10 +76,11 @@ def to_markdown(facts: Mapping[str, Any]) -> str:
     scores = facts["contestants"]
     space = scores[0]["metrics"]["features"]
     size = facts["size_px"]
+    commits = sorted({score["commit"][:12] for score in scores})
     lines = [
         f"Each trained for {facts['minutes']:g} minutes on {facts['hardware']}, one after the "
         f"other, on the same store; {scores[0]['images']} regions that were held out, painted at "
-        f"{size} x {size} px. Commit {facts['commit'][:12]}.",
+        f"{size} x {size} px. Commit {', '.join(commits)}.",
         "",
         f"Features: {space['name']}, {space['dim']} dimensions: {space['label']}.",
     ]

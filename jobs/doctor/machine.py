@@ -185,13 +185,13 @@ def _cluster() -> Iterator[Item]:
         yield Item(section, "SLURM", "absent", found, purpose, remedy)
         return
     yield Item(section, "SLURM", "ok", ", ".join(commands), purpose)
-    nodes = _answer(["sinfo", "--noheader", "--format", "%D"])
+    nodes = _answer(["sinfo", "--noheader", "--Node", "--format", "%N"])
     remedy = "a login node of the cluster, or SLURM_CONF that names its slurm.conf"
     if nodes is None:
         found = "sinfo gets no answer"
         yield Item(section, "controller", "absent", found, purpose, remedy)
     else:
-        count = sum(int(line) for line in nodes.split())
+        count = len(set(nodes.split()))  # one line for each partition of a node
         yield Item(section, "controller", "ok", f"answers, {count} nodes", purpose)
 
 

@@ -65,6 +65,7 @@ METRICS: tuple[Metric, ...] = (
     "layout",
     "nearest_train",
 )
+FEW_BYTES = 1_000_000
 OF_FEATURES, OF_CROPS = {"crop_fid", "kid"}, {"crop_fid", "kid", "spectrum", "seams"}
 
 
@@ -218,7 +219,8 @@ def _say_plan(run: Evaluation, crops: CropPair | None, space: FeatureSpace | Non
             lines.append(f"  features  {space.name}, {space.dim} numbers: {space.label}")
             lines.append(f"  memory    {memory / 1e9:.2f} GB beside the network")
     lines.append(f"  to        {run.options.out}")
-    console.say("\n".join(lines))
+    kept_bytes = 4 * len(crops.real) * space.dim if crops and space else 0
+    console.say_plan("\n".join(lines), run.options.out.parent, FEW_BYTES + kept_bytes)
 
 
 def _compare_crops(run: Evaluation, crops: CropPair, space: FeatureSpace | None) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from conditioning.layout import recorded_layout
 from jobs.evaluate.spectrum import CROP_PX
 from pipeline.ome import OmeImage
 from pipeline.regions import CELL_PX
@@ -75,12 +76,12 @@ def find_painted(folder: Path, store: Store) -> tuple[list[Painted], dict[str, s
         try:
             image = OmeImage.open(folder / record["image"])
             _check_comparable(image, store)
+            layout = recorded_layout(record["identity"], store, region)
         except ValueError as mistake:
             failures[file.stem] = str(mistake)
             continue
         in_store = table.get((region.image, region.y, region.x, region.side))
         run = Path(record["identity"]["run"])
-        layout = _layout(record["identity"], store, region)
         painted.append(Painted(file.stem, image, region, in_store, layout, run))
     if not painted:
         why = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
@@ -98,20 +99,6 @@ def _record(file: Path) -> dict[str, Any] | None:
         return record if {"region", "run"} <= set(record["identity"]) and record["image"] else None
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _layout(identity: dict[str, Any], store: Store, own: Region) -> tuple[tuple[Region, ...], ...]:
-    """The regions side by side that conditioned an image, by their numbers in the table."""
-    numbers = identity.get("layout", [])
-    if len({number for row in numbers for number in row}) < 2:
-        return ((own,),)
-    if identity.get("store_fingerprint") != store.fingerprint():
-        raise ValueError(
-            "it was conditioned by several regions of another table of regions; ingest as before "
-            "or paint it again"
-        )
-    regions = store.regions()
-    return tuple(tuple(regions[number] for number in row) for row in numbers)
 
 
 def _check_comparable(image: OmeImage, store: Store) -> None:

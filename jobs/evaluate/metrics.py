@@ -300,16 +300,3 @@ def layout_distances(
     """Root mean square distances from an image's upper left square to thumbnails of that side."""
     generated = thumbnail(painted, 0, 0, side)
     return {k: float(np.sqrt(np.square(generated - shown).mean())) for k, shown in real.items()}
-
-
-def layout_match(
-    painted: OmeImage, store: Store, own: Region, regions: Sequence[Region]
-) -> LayoutMatch:
-    """Compare a painted image with its own region and with every other of `regions`.
-
-    An image larger than its region is compared by the square that the region conditioned, a
-    smaller one with the same corner of every region.
-    """
-    side = min(own.side, *painted.shape[1:])
-    thumbnails = region_thumbnails(store, regions, side)
-    return LayoutMatch.of(layout_distances(painted, thumbnails, side), own.index)

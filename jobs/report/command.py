@@ -10,6 +10,7 @@ ever names files that are all there. Equal inputs give equal bytes.
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,13 +65,14 @@ def report(options: Report) -> int:
     material = gather(options.images, options.run, options.store, options.metrics)
     measured = "without metrics" if material.metrics is None else f"{material.metrics_file}"
     needed_bytes = picture_bytes(material)
-    console.say(
+    console.say_plan(
         f"report: {len(material.paintings)} images of {options.images}, run {material.run.path}, "
-        f"store {material.store.path}, {measured} -> {index}; about {needed_bytes / 1e6:.0f} MB"
+        f"store {material.store.path}, {measured} -> {index}",
+        options.out,
+        needed_bytes,
     )
     if options.dry_run:
         return console.EXIT_DONE
-    console.check_free_disk(options.out, needed_bytes)
     neighbours = find_neighbours(material)
     partial = options.out / f".{os.getpid()}.partial"
     partial.mkdir(parents=True, exist_ok=True)
@@ -128,10 +130,11 @@ def _fingerprint(folder: Path) -> str:
 
 def _sweep(out: Path, kept: str) -> None:
     """Remove the files of earlier pages, and what killed commands left."""
-    for folder in (*out.glob(f"{FILES}*"), *out.glob(".*.partial")):
-        process = folder.name.strip(".").partition(".")[0]
-        alive = process.isdecimal() and Path(f"/proc/{process}").exists()
-        if folder.is_dir() and folder.name != kept and not alive:
+    for folder in out.iterdir():
+        own = re.fullmatch(rf"{FILES}[0-9a-f]{{12}}|\.(\d+)\.partial", folder.name)
+        if own is None or not folder.is_dir() or folder.name == kept:
+            continue
+        if own[1] is None or not Path(f"/proc/{own[1]}").exists():
             shutil.rmtree(folder)
 
 

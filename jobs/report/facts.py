@@ -218,7 +218,9 @@ def sample_command(material: Material, painting: Painting) -> str:
     arguments += ["--out", str(material.images), "--region", str(painting.region.index)]
     arguments += ["--size", f"{height}x{width}"]
     arguments += ["--scale", f"{2.0**-painting.level:g}"] if painting.level else []
-    for name in ("steps", "seed", "guidance", "solver"):
+    if len({number for row in identity.get("layout", []) for number in row}) > 1:
+        arguments += ["--fill", "regions"]
+    for name in ("steps", "seed", "guidance", "solver", "overlap"):
         if name in recipe:
             arguments += [f"--{name}", str(recipe[name])]
     return _command(["jobs.sample", *arguments])

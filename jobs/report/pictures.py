@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from conditioning.layout import recorded_layout
 from jobs.pictures import as_rgb, liveliest, reduced
 from jobs.report.material import Material, Painting
 from jobs.run import RunConfig
@@ -162,17 +163,20 @@ def draw_panels(
 
 def _conditions(material: Material, painting: Painting) -> Source | Mosaic:
     """The region that conditioned a painting, or those that did side by side."""
-    layout = painting.record["identity"].get("layout", [])
-    if len({number for row in layout for number in row}) < 2:
+    try:
+        layout = recorded_layout(painting.record["identity"], material.store, painting.region)
+    except ValueError:  # the table of regions has changed; what lay beside is not known
+        layout = ((painting.region,),)
+    if layout == ((painting.region,),):
         return _of_region(material, painting, painting.region)
-    regions, level = material.regions, painting.level
+    level = painting.level
     side = painting.region.side >> level
 
     def source(region: Region) -> Source:
         image = material.store.image(region.image)
         return Source(image, region.y >> level, region.x >> level, side, side, level)
 
-    return Mosaic(tuple(tuple(source(regions[number]) for number in row) for row in layout))
+    return Mosaic(tuple(tuple(source(region) for region in row) for row in layout))
 
 
 def _of_region(material: Material, painting: Painting, region: Region) -> Source:
