@@ -227,8 +227,8 @@ def slurm_seconds(limit: str) -> int:
             return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
     except ValueError:
         raise ValueError(
-            f"the time limit of SLURM jobs (SBATCH_TIMELIMIT, or walltime in Dask's configuration) "
-            f"is {limit!r}; write minutes, H:MM:SS or D-HH:MM:SS"
+            "the time limit of SLURM jobs (SBATCH_TIMELIMIT, or walltime in Dask's configuration) is "
+            f"{limit!r}; write minutes, H:MM:SS or D-HH:MM:SS"
         ) from None
     if len(parts) < 3:
         parts = [0, *parts, *[0] * (2 - len(parts))]
