@@ -227,7 +227,7 @@ def slurm_seconds(limit: str) -> int:
             return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
     except ValueError:
         raise ValueError(
-            "the time limit of SLURM jobs (SBATCH_TIMELIMIT, or walltime in Dask's configuration) is "
+            "the time limit of SLURM jobs (SBATCH_TIMELIMIT, or Dask's own walltime) is "
             f"{limit!r}; write minutes, H:MM:SS or D-HH:MM:SS"
         ) from None
     if len(parts) < 3:
