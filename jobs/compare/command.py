@@ -28,8 +28,8 @@ FREE_BYTES = 4_000_000_000
 class Compare:
     """Train, paint and evaluate contestants on equal terms; the same command resumes.
 
-    python -m jobs.compare docs/compare/two_cores.toml --out compare
-    python -m jobs.compare docs/compare/two_cores.toml --out compare --slides slides/
+        python -m jobs.compare docs/compare/two_cores.toml --out compare
+        python -m jobs.compare docs/compare/two_cores.toml --out compare --slides slides/
 
     The file says what is shared (minutes, images, sizes) and what each contestant has of its own.
     """
