@@ -46,7 +46,7 @@ SMALLER: dict[str, dict[str, tuple[str, ...]]] = {
     "conditioning.embed": {},
     "pipeline.pack": {"--points": ("14000",), "--packs-per-region": ("2",)},
     "jobs.train": {"--preset": ("tiny",), "--steps": ("2",), "--batch": ("2",)},
-    "jobs.sample": {"--size": ("256",), "--steps": ("2",)},
+    "jobs.sample": {"--size": ("512",), "--steps": ("2",)},
     "pipeline.export": {},
     "jobs.evaluate": {},
     "jobs.report": {},
