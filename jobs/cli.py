@@ -21,7 +21,7 @@ STAGES = {
     "report": ("jobs.report", "a page about painted images, their run and their metrics"),
     "export": ("pipeline.export", "an image as pyramidal TIFF, OME-TIFF or COG"),
     "compare": ("jobs.compare", "contestants on equal terms, with their Crop FIDs"),
-    "submit": ("slurm.submit", "any of these, or a chain of them, to SLURM"),
+    "submit": ("slurm.submit", "stages from ingest to evaluate, or a chain of them, to SLURM"),
     "demo": ("jobs.demo", "the whole chain on one small input"),
     "info": ("jobs.info", "what a store, run, packs, encoder or image holds"),
     "doctor": ("jobs.doctor", "what this machine has, what is missing and how to get it"),

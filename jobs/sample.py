@@ -162,6 +162,11 @@ def _share(text: str, regions: list[Region]) -> list[Region]:
         raise ValueError(f"--share takes K/N like 2/5, not {text!r}")
     if int(number) > int(shares):
         raise ValueError(f"--share {text} asks for more than the last of {shares} shares")
+    if int(shares) > len(regions):
+        raise ValueError(
+            f"--share {text} leaves shares without a region: there are {len(regions)}; name more "
+            "with --region or ask for fewer shares (SLURM: --array)"
+        )
     return regions[int(number) - 1 :: int(shares)]
 
 

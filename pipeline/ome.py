@@ -85,6 +85,9 @@ class OmeImage:
 
     def __init__(self, path: Path) -> None:
         metadata = json.loads((path / "zarr.json").read_text())["attributes"]
+        if "ome" not in metadata:
+            what = "a dataset store" if "gigabrush" in metadata else "no OME-Zarr image"
+            raise ValueError(f"{path} is {what}; name an image, such as one of STORE.zarr/images")
         ome = metadata["ome"]
         multiscale = ome["multiscales"][0]
         scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]

@@ -156,6 +156,8 @@ def read_chain(common: Submit, file: Path) -> list[Job]:
     """The jobs of a chain; the options `common` hold for every line that takes them and has none
     of its own.
     """
+    if not file.is_file():
+        raise ValueError(f"--chain {file} does not exist; write one STAGE -- ARGUMENTS a line")
     jobs = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         words = shlex.split(line, comments=True)

@@ -18,6 +18,7 @@ from pipeline.store import Store
 
 Usage = namedtuple("Usage", "total used free")
 FREE, PLENTY = 17, 10**12
+COMPARISON = Path(__file__).parent.parent / "docs" / "compare" / "two_cores.toml"
 
 
 def fake_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -45,6 +46,7 @@ def commands(chain: Chain, tmp_path: Path) -> dict[str, list[str]]:
         "jobs.sample": [str(run), "--condition", store, "--out", out["i"]],
         "pipeline.export": [str(image), "--out", out["x"] + ".ome.tif"],
         "jobs.demo": ["--out", out["d"]],
+        "jobs.compare": [str(COMPARISON), "--out", out["d"]],
     }
 
 

@@ -44,8 +44,7 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
         stop_when(start("jobs.demo", command), turn, signal.SIGKILL)
         after = done()
         assert {name: after[name] for name in before} == before
-    # Trained for seconds, the image may not follow its condition: exit 3 says so.
-    output = run("jobs.demo", command, good=(0, 3))
+    output = run("jobs.demo", command)
     assert output.count("is already done") >= 6
     assert "from its own region" in output
     (ome,) = out.glob("images/*.ome.tif")
@@ -58,7 +57,7 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
     assert metrics["n"]["generated"] == (SIZE // 256) ** 2
     assert f"Crop FID {metrics['crop_fid']['value']:.4g}" in output
     assert ome.name.removesuffix(".ome.tif") in (out / "report" / "index.html").read_text()
-    again = run("jobs.demo", command, good=(0, 3))
+    again = run("jobs.demo", command)
     assert again.count("is already done") == len(done())
     assert "python -m" not in again
 

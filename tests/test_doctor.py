@@ -18,7 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 import jobs.doctor
 import jobs.doctor.machine
-from jobs.demo import FREE_BYTES
+from jobs.doctor.machine import DEMO_BYTES
 from jobs.weights import CLIP_FILE, CLIP_REPOSITORY, clip_weights, inception_place
 
 Usage = namedtuple("Usage", "total used free")
@@ -93,7 +93,7 @@ def test_what_the_chain_needs_is_missing_when_absent_or_too_old(
 def test_too_little_room_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**50, 0, FREE_BYTES - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**50, 0, DEMO_BYTES - 1))
     monkeypatch.setattr(jobs.doctor.machine, "_free_memory", lambda: 17)
     items = ask(capsys, 3)
     assert items["disk"]["state"] == items["memory"]["state"] == "missing"

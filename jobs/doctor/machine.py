@@ -18,7 +18,6 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from jobs.demo import FREE_BYTES
 from jobs.weights import (
     CLIP_FILE,
     CLIP_REPOSITORY,
@@ -29,6 +28,8 @@ from jobs.weights import (
 )
 from pipeline.console import size
 
+DEMO_BYTES = 6_000_000_000
+"""What the demo may take."""
 DISTRIBUTION = "gigabrush"
 MEMORY_BYTES = 4_000_000_000
 ANSWER_WITHIN_S = 10
@@ -245,8 +246,8 @@ def _room(folder: Path) -> Iterator[Item]:
     section = "Room"
     purpose = "make demo, its environment aside"
     free = shutil.disk_usage(folder).free
-    state: Literal["ok", "missing"] = "ok" if free >= FREE_BYTES else "missing"
-    found = f"{size(free)} free at {folder.absolute()}, {size(FREE_BYTES)} are needed"
+    state: Literal["ok", "missing"] = "ok" if free >= DEMO_BYTES else "missing"
+    found = f"{size(free)} free at {folder.absolute()}, {size(DEMO_BYTES)} are needed"
     yield Item(section, "disk", state, found, purpose, "make room, or work in another folder")
     memory = _free_memory()
     state = "ok" if memory >= MEMORY_BYTES else "missing"

@@ -155,8 +155,9 @@ def describe_run(path: Path) -> Summary:
     if state:
         millions = f", {parameters / 1e6:.1f} M parameters" if parameters else ""
         lines.append(("preset", f"{config['preset']}{millions}"))
-        last = metrics[-1]["step"] if metrics else state.step
-        seconds = metrics[-1]["seconds"] if metrics else state.seconds
+        last, seconds = state.step, state.seconds
+        if metrics and metrics[-1]["step"] > last:
+            last, seconds = metrics[-1]["step"], metrics[-1]["seconds"]
         lines.append(
             (
                 "steps",
