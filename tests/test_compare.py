@@ -37,6 +37,7 @@ def score(name: str, **changes: object) -> dict[str, object]:
     return {
         "name": name,
         "preset": "patch",
+        "commit": "0" * 40,
         "parameters": 5_690_000,
         "minutes": 8.02,
         "steps": 700,
@@ -53,7 +54,7 @@ def score(name: str, **changes: object) -> dict[str, object]:
 
 def test_the_table_says_every_number_with_its_floor_interval_and_n() -> None:
     ours = score("ours", recipe={"steps": 20, "solver": "ddim", "guidance": 1.0}, design="zoom")
-    facts = {"commit": "0" * 40, "hardware": "two cores", "minutes": 8, "size_px": 1024}
+    facts = {"hardware": "two cores", "minutes": 8, "size_px": 1024}
     table = to_markdown({**facts, "contestants": [ours, score("patch")]})
     rows = [line for line in table.splitlines() if line.startswith("| patch")]
     assert rows == [
@@ -62,6 +63,7 @@ def test_the_table_says_every_number_with_its_floor_interval_and_n() -> None:
         "| patch | -1.00 | – |",
     ]
     assert "CLIP ViT-B/32, 224 px" in table
+    assert "Commit 000000000000." in table
     assert "guidance 1.5, windows overlapping by 0.5 (published: 0.75)" in table
     assert table.count("overlapping") == 1
     assert "no headline number" not in table
