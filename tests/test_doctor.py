@@ -134,9 +134,9 @@ def test_programs_are_found_on_the_path(
     for name in ("sbatch", "srun", "sinfo", *viewers.values()):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(jobs.doctor.machine, "_answer", lambda command: "2\n3\n")
+    monkeypatch.setattr(jobs.doctor.machine, "_answer", lambda command: "a\nb\na\n")
     found = ask(capsys, 0)
-    assert found["controller"]["found"] == "answers, 5 nodes"
+    assert found["controller"]["found"] == "answers, 2 nodes"
     for viewer, program in viewers.items():
         assert absent[viewer]["state"] == "absent"
         assert found[viewer]["found"] == str(tmp_path / program)
