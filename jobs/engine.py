@@ -6,6 +6,7 @@ NCCL where there are GPUs and on gloo elsewhere; DeepSpeed's own shared-memory c
 are switched off, since they would have to be compiled first.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -128,6 +129,10 @@ def _ask_scontrol(*arguments: str) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this process that the system hands to no other before it is used."""
+    for place in range(NUM_PORTS):
+        port = FIRST_PORT + (64 * os.getpid() + place) % NUM_PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ValueError(f"none of {NUM_PORTS} ports is free on this machine; set MASTER_PORT")

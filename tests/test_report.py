@@ -426,9 +426,11 @@ def test_a_report_is_replaced_at_once_or_not_at_all(
     shutil.copytree(unmeasured.out, out)
     (out / "notes.txt").write_text("mine")
     (out / ".999999999.partial").mkdir()
-    (out / "files-of-before").mkdir()
+    (out / "files-0123456789ab").mkdir()
+    (out / "files-of-mine").mkdir()
     write_report(painted, out)
     (out / "notes.txt").unlink()
+    (out / "files-of-mine").rmdir()
     expected = {k: v for k, v in tree(unmeasured.out).items() if k != "index.html"}
     again = {k: v for k, v in tree(out).items() if k != "index.html"}
     assert again == expected

@@ -176,11 +176,12 @@ def _panel(
     (height, width), crop = panel.size, drawn.crop
     bar_px, bar = facts.scale_bar(width, spacing, spec.unit)
     crop_px, crop_bar = facts.scale_bar(crop.width, spacing, spec.unit)
-    title, caption = {
-        "condition": ("Condition", _condition(painting, panel)),
-        "generated": ("Generated", _generated(painting)),
-        "nearest": ("Nearest training region", _nearest(painting, neighbours)),
-    }[panel.role]
+    if panel.role == "condition":
+        title, caption = "Condition", _condition(painting, panel)
+    elif panel.role == "generated":
+        title, caption = "Generated", _generated(painting)
+    else:
+        title, caption = "Nearest training region", _nearest(painting, neighbours)
     return {
         **asdict(panel),
         "title": title,
