@@ -28,7 +28,7 @@ from pipeline.console import EXIT_PREEMPTED
 from pipeline.store import Store
 from slurm.requeue import after_training
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parent.parent
 STEPS = 16
 
@@ -148,7 +148,7 @@ def test_a_preempted_training_on_two_nodes_ends_like_one_rank_undisturbed(
     cluster: Cluster, desk: Path, chain: Chain, jobs: Jobs
 ) -> None:
     trained, alone = desk / "trained", desk / "alone"
-    wait_until((trained / "metrics.jsonl").is_file, 400)
+    wait_until((trained / "metrics.jsonl").is_file, 800)
     # What SLURM does two minutes before the time limit (#SBATCH --signal).
     cluster.run("scancel", "--signal=TERM", jobs.training)
     wait_until(lambda: state(trained).get("status") == "preempted", 60)
