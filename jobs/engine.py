@@ -9,8 +9,8 @@ are switched off, since they would have to be compiled first.
 import contextlib
 import os
 import re
-import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from model.family import Objective
 T = TypeVar("T")
 
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+VARIABLES = (*SLURM_NAMES, "MASTER_ADDR", "MASTER_PORT")
 FIRST_PORT, NUM_PORTS = 10_000, 20_011  # below those that systems hand out; a prime number
 
 
@@ -38,33 +39,47 @@ class Ranks:
     device: torch.device
 
 
-def join() -> Ranks:
-    """Join the other ranks, or be the only one."""
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Be with the other ranks, or the only one, for as long as the block lasts.
+
+    The variables that say where ranks meet are afterwards as they were, so that no process started
+    later takes itself for one of these ranks.
+    """
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    try:
+        yield _join()
+        deepspeed.comm.destroy_process_group()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _join() -> Ranks:
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
         if os.environ["WORLD_SIZE"] != "1" and "MASTER_ADDR" not in os.environ:
             address, port = _meeting_place()
             os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": str(port)})
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, alone)
     cuda = torch.cuda.is_available()
+    backend = "nccl" if cuda else "gloo"
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    if os.environ["WORLD_SIZE"] == "1":
+        # A lone rank meets nobody: it needs no port.
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False)
     device = torch.device("cpu")
     if cuda:
         # Where the launcher shows each rank its own GPU only, that one is number 0.
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
-
-
-def leave() -> None:
-    """Leave the other ranks, so that another run can follow in this process."""
-    deepspeed.comm.destroy_process_group()
 
 
 def from_first_rank(value: T, ranks: Ranks) -> T:
@@ -126,13 +141,3 @@ def _ask_scontrol(*arguments: str) -> str:
             f"{' '.join(arguments)} does not work here ({error}); set MASTER_ADDR and MASTER_PORT"
         ) from error
     return done.stdout
-
-
-def _free_port() -> int:
-    """A port of this process that the system hands to no other before it is used."""
-    for place in range(NUM_PORTS):
-        port = FIRST_PORT + (64 * os.getpid() + place) % NUM_PORTS
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ValueError(f"none of {NUM_PORTS} ports is free on this machine; set MASTER_PORT")

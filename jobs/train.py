@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.data import Batch, Batches
-from jobs.engine import Ranks, build, from_first_rank, join, leave
+from jobs.engine import Ranks, build, from_first_rank, joined
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, RunState
 from jobs.run import Run, RunConfig, SupersededError
@@ -131,33 +131,32 @@ def train(options: Train) -> int:
     if options.dry_run:
         console.say_plan(plan, options.run, needed_bytes)
         return console.EXIT_DONE
-    ranks = join()
-    if options.batch % ranks.world:
-        raise ValueError(
-            f"a batch of {options.batch} does not divide among {ranks.world} ranks; "
-            f"ask for --batch {-(-options.batch // ranks.world) * ranks.world}"
-        )
-    before = run.state() if ranks.rank == 0 else None
-    if ranks.rank == 0:
-        if _finished(before, options):
-            console.say(f"train: {options.run} is already done")
-        else:
-            console.say_plan(plan, options.run, needed_bytes)
-            run.claim(config, console.command_line(PROG, options))
-    before = from_first_rank(before, ranks)
-    status = "done"
-    if not _finished(before, options):
-        trainer = Trainer(options, denoiser, ranks, run, packs)
-        try:
-            status = trainer.loop(batches, before)
-        except SupersededError as superseded:
-            console.say(f"train: rank {ranks.rank} stops: {superseded}")
-            status = "superseded"
-        except BaseException:
-            if ranks.rank == 0:
-                run.fail()
-            raise
-    leave()
+    with joined() as ranks:
+        if options.batch % ranks.world:
+            raise ValueError(
+                f"a batch of {options.batch} does not divide among {ranks.world} ranks; "
+                f"ask for --batch {-(-options.batch // ranks.world) * ranks.world}"
+            )
+        before = run.state() if ranks.rank == 0 else None
+        if ranks.rank == 0:
+            if _finished(before, options):
+                console.say(f"train: {options.run} is already done")
+            else:
+                console.say_plan(plan, options.run, needed_bytes)
+                run.claim(config, console.command_line(PROG, options))
+        before = from_first_rank(before, ranks)
+        status = "done"
+        if not _finished(before, options):
+            trainer = Trainer(options, denoiser, ranks, run, packs)
+            try:
+                status = trainer.loop(batches, before)
+            except SupersededError as superseded:
+                console.say(f"train: rank {ranks.rank} stops: {superseded}")
+                status = "superseded"
+            except BaseException:
+                if ranks.rank == 0:
+                    run.fail()
+                raise
     return console.EXIT_DONE if status == "done" else console.EXIT_PREEMPTED
 
 

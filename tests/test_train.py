@@ -1,6 +1,7 @@
 """Training with real DeepSpeed ranks: neither kills nor the number of ranks change it."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -120,6 +121,15 @@ def test_a_run_is_not_changed_under_its_feet(
     assert "choose one of tiny, small, brush, patch" in capsys.readouterr().err
     assert jobs.train.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_in_this_process_leaves_no_rank_to_later_ones(
+    chain: Chain, undisturbed: Path
+) -> None:
+    before = dict(os.environ)
+    for _ in range(2):
+        assert jobs.train.main(train_arguments(chain, undisturbed, STEPS)) == 0
+        assert dict(os.environ) == before
 
 
 def test_engine_state_of_another_user_is_not_loaded(
