@@ -1,0 +1,1 @@
+"""Sparse depthwise convolution: the taps are the points that happen to be there."""

@@ -1,0 +1,56 @@
+"""The sparse depthwise convolution that a network calls, and what each backend must compute.
+
+A depthwise convolution over the points present (∞-Diff, Sec. 4.2), of which the formulas stand in
+`model.operators.normalisation`. Taps without a point, and taps outside the image, are absent. The
+orientation is conv2d's (cross-correlation): tap (a, b) sees the point at (y + a - r, x + b - r).
+
+A backend is a pure function of (values, weight, neighbours, normalisation), and computes, in
+float32 at least and returned in the values' dtype, what `reference` computes, outputs and
+gradients. Parameters do not depend on it, so any model runs on any:
+
+    reference      plain torch: the definition, and the fast path on a CPU
+    triton         one fused kernel forward and two backward, on a GPU; by Triton's interpreter
+                   elsewhere, which is for tests
+    torchsparse    torchsparse's gather-scatter convolution, where that library is installed
+
+What was asked for runs, or says what to install: nothing falls back.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from model.operators import reference
+from model.operators.neighbours import Neighbours
+from model.operators.normalisation import Normalisation
+
+Backend = Literal["reference", "triton", "torchsparse"]
+
+
+def sparse_depthwise(
+    values: Float[Tensor, "n c"],
+    weight: Float[Tensor, "c k k"],
+    neighbours: Neighbours,
+    *,
+    normalisation: Normalisation,
+    backend: Backend = "reference",
+) -> Float[Tensor, "n c"]:
+    """Each channel of the points' values convolved with its own k x k taps."""
+    if len(values) != len(neighbours):
+        raise ValueError(
+            f"{len(values)} values for {len(neighbours)} points: neighbours belong to one set of "
+            "points; find them again for this one"
+        )
+    if weight.shape[-1] != neighbours.kernel:
+        raise ValueError(
+            f"the weight has {weight.shape[-1]} x {weight.shape[-1]} taps, but neighbours were "
+            f"found for {neighbours.kernel}; find them with kernel={weight.shape[-1]}"
+        )
+    precise = torch.promote_types(values.dtype, torch.float32)
+    weight = weight.to(precise)
+    if backend == "reference":
+        out = reference.sparse_depthwise(values.to(precise), weight, neighbours, normalisation)
+        return out.to(values.dtype)
+    raise ValueError(f"there is no backend {backend!r}; there are reference, triton, torchsparse")
