@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+
+from model.points import Points
+from model.resample import bilinear
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,30 @@ class TokenEncoder(nn.Module):
         gy, gx = condition.grid
         lattice = content[:, : gy * gx].unflatten(1, (gy, gx)).permute(0, 3, 1, 2)
         return tokens, lattice
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A condition once encoded: all tokens to attend to, the finest lattice to look up."""
+
+    attended: Float[Tensor, "b n t"]
+    lattice: Float[Tensor, "b t gy gx"]
+    condition: Condition
+
+    def at(
+        self, index: Int64[Tensor, " n"], y_px: Float[Tensor, "n h"], x_px: Float[Tensor, "n w"]
+    ) -> Float[Tensor, "n h w t"]:
+        """Tokens of the images `index` at cells with these centres."""
+        first = self.condition.centres_px[index, 0]
+        pitch = self.condition.footprints_px[index, 0]
+        return look_up(self.lattice[index], first, pitch, y_px, x_px)
+
+    def at_points(self, points: Points) -> Float[Tensor, "n t"]:
+        """Tokens at sparse points, each of its own image; constant beyond the lattice's rim."""
+        first = self.condition.centres_px[:, 0].double()[points.image]
+        pitch = self.condition.footprints_px[:, 0].double()[points.image]
+        place = (points.centres_px() - first) / pitch[:, None]
+        return bilinear(self.lattice.permute(0, 2, 3, 1), points.image, place)
 
 
 def look_up(
