@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conditioning.tokens import TokenScale, dihedral, to_condition, within
 from model.attention import Condition
-from model.objective import Draw
+from model.draw import Draw, PointDraw, WindowDraw
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import ABSENT, PackSet, RegionEntry
 

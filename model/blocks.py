@@ -31,22 +31,33 @@ class LevelEmbedding(nn.Module):
         return self.net(fourier(limited, self.WIDTH, self.PERIOD))
 
 
-class LocalBlock(nn.Module):
-    """Depthwise convolution, per-cell norm with FiLM, and an MLP, added to the input (ConvNeXt,
-    Liu et al., 2022).
-
-    x + W_2 silu(W_1 [ norm(dw x) (1 + scale) + shift ]), zero where cells are absent; halo: kernel
-    // 2 cells.
-    """
+class ModulatedMlp(nn.Module):
+    """W_2 silu(W_1 [ norm(y) (1 + scale) + shift ]): zero until it has learned something."""
 
     EXPANSION = 2
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.widen = nn.Linear(width, self.EXPANSION * width)
+        self.narrow = zero_linear(self.EXPANSION * width, width)
+
+    def forward(
+        self, y: Float[Tensor, "*shape c"], film: Float[Tensor, "*film c2"]
+    ) -> Float[Tensor, "*shape c"]:
+        scale, shift = film.chunk(2, dim=-1)
+        return self.narrow(F.silu(self.widen(self.norm(y) * (1 + scale) + shift)))
+
+
+class LocalBlock(nn.Module):
+    """Depthwise convolution, per-cell norm with FiLM, and an MLP, added to the input (ConvNeXt,
+    Liu et al., 2022); zero where cells are absent. Halo: kernel // 2 cells.
+    """
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.widen = nn.Linear(width, self.EXPANSION * width)
-        self.narrow = zero_linear(self.EXPANSION * width, width)
+        self.mlp = ModulatedMlp(width)
 
     def forward(
         self,
@@ -54,11 +65,8 @@ class LocalBlock(nn.Module):
         film: Float[Tensor, "b #h #w c2"],
         present: Float[Tensor, "b h w 1"],
     ) -> Float[Tensor, "b h w c"]:
-        scale, shift = film.chunk(2, dim=-1)
         y = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = self.norm(y) * (1 + scale) + shift
-        y = self.narrow(F.silu(self.widen(y)))
-        return (x + y) * present
+        return (x + self.mlp(y, film)) * present
 
 
 class LevelNet(nn.Module):

@@ -27,8 +27,9 @@ class PyramidConfig:
     kernels, odd. lookup_level: finest level at which tokens are looked up; finer levels inherit
     them from their parents. lattice_width: features that the U-Net hands down. lattice_patch:
     cells a side that it takes as one. unet_widths: channels at its resolutions. unet_attention:
-    how many of them, from the coarsest, attend to the tokens. unet_layers, unet_head_dim,
-    unet_groups: layers a resolution, width of a head, groups of GroupNorm.
+    how many of them, from the coarsest, attend to the tokens (to themselves, with
+    unet_self_attention). unet_layers, unet_head_dim, unet_groups: layers a resolution, width of a
+    head, groups of GroupNorm.
     """
 
     channels: int
@@ -47,6 +48,7 @@ class PyramidConfig:
     unet_layers: int = 1
     unet_head_dim: int = 32
     unet_groups: int = 16
+    unet_self_attention: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.widths) == len(self.blocks) == self.coarse_level:
@@ -119,6 +121,7 @@ class PatchConfig:
     unet_layers: int = 1
     unet_head_dim: int = 32
     unet_groups: int = 16
+    unet_self_attention: bool = False
 
     def __post_init__(self) -> None:
         multiple = self.unshuffle << (len(self.unet_widths) - 1)

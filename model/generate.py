@@ -123,7 +123,8 @@ class Painter:
             else [self.condition.dropped(), self.condition]
         )
         scale = (1.0 + np.exp(-log_snr)) ** 0.5
-        means = self._means(field, scale, like)
+        down = self.held_level - self.base_level
+        means = area_means(field, down, scale, like, max(self.tile, 1024))
         evaluations = [
             _Evaluation(
                 self,
@@ -158,18 +159,20 @@ class Painter:
         """The field's cells that cover all of `needed`."""
         return needed[-1].refine(self.base_level) if needed else box
 
-    def _means(self, field: Field, scale: float, like: Tensor) -> Float[Tensor, "1 h w c"]:
-        """Area means of y = u_t / sqrt(abar) at the held level."""
-        down = self.held_level - self.base_level
-        c, h, w = field.shape
-        means = torch.empty(c, h >> down, w >> down, device=like.device, dtype=like.dtype)
-        for box in tiles(h, w, max(self.tile, 1024), level=self.base_level):
-            coarse = box.cover(self.held_level)
-            values = field.read(box).to(like)
-            ys = slice(coarse.y, coarse.y + coarse.height)
-            xs = slice(coarse.x, coarse.x + coarse.width)
-            means[:, ys, xs] = F.avg_pool2d(values, 1 << down) * scale
-        return means.permute(1, 2, 0)[None]
+
+def area_means(
+    field: Field, down: int, scale: float, like: Tensor, tile: int
+) -> Float[Tensor, "1 h w c"]:
+    """Means of `scale` times a field over squares of 2^down cells, read in tiles."""
+    c, h, w = field.shape
+    means = torch.empty(c, h >> down, w >> down, device=like.device, dtype=like.dtype)
+    for box in tiles(h, w, tile):
+        coarse = box.cover(down)
+        values = field.read(box).to(like)
+        ys = slice(coarse.y, coarse.y + coarse.height)
+        xs = slice(coarse.x, coarse.x + coarse.width)
+        means[:, ys, xs] = F.avg_pool2d(values, 1 << down) * scale
+    return means.permute(1, 2, 0)[None]
 
 
 class _Evaluation:

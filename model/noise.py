@@ -33,42 +33,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from model.lattice import Box
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-
-
-def philox_4x32(
-    counter: tuple[Int64[Tensor, "..."], ...], key: tuple[Int64[Tensor, "..."], ...]
-) -> tuple[Int64[Tensor, "..."], ...]:
-    """Philox-4x32-10: four 32-bit words (held in int64) from a counter of four and a key of two
-    words.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # The low 64 bits of a product are right although int64 wraps; sign bits are masked.
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((second >> 32) & _MASK) ^ c1 ^ k0,
-            second & _MASK,
-            ((first >> 32) & _MASK) ^ c3 ^ k1,
-            first & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def _normals(words: tuple[Int64[Tensor, "..."], ...]) -> Float[Tensor, "*shape 4"]:
-    """Four standard normals (float64) from four 32-bit words, by Box and Muller."""
-    u = [(word.double() + 0.5) * 2.0**-32 for word in words]
-    out = []
-    for radius, angle in ((u[0], u[1]), (u[2], u[3])):
-        r, phi = torch.sqrt(-2.0 * torch.log(radius)), 2.0 * math.pi * angle
-        out += [r * torch.cos(phi), r * torch.sin(phi)]
-    return torch.stack(out, dim=-1)
+from model.philox import MASK, normals, philox_4x32
+from model.points import Points
 
 
 @dataclass(frozen=True)
@@ -148,22 +114,25 @@ class NoiseTree:
 
     def _words(
         self,
-        seeds: Int64[Tensor, " b"],
+        seeds: Int64[Tensor, "..."],
         level: int,
-        y: Int64[Tensor, "b h"],
-        x: Int64[Tensor, "b w"],
-    ) -> tuple[Int64[Tensor, "b c h w"], ...]:
+        y: Int64[Tensor, "..."],
+        x: Int64[Tensor, "..."],
+    ) -> tuple[Int64[Tensor, "..."], ...]:
+        """Four words at every channel of cells; arguments broadcast, their axis 1 is the
+        channels'.
+        """
         device = seeds.device
-        shape = (len(seeds), self.channels, y.shape[1], x.shape[1])
-        channel = torch.arange(self.channels, device=device)[None, :, None, None]
+        channel = torch.arange(self.channels, device=device)
+        channel = channel.view(1, -1, *[1] * (seeds.dim() - 2))
+        shape = torch.broadcast_shapes(seeds.shape, y.shape, x.shape, channel.shape)
         counter = (
-            (y & _MASK)[:, None, :, None].expand(shape),
-            (x & _MASK)[:, None, None, :].expand(shape),
+            (y & MASK).expand(shape),
+            (x & MASK).expand(shape),
             (channel * 256 + level).expand(shape),
-            torch.full((1, 1, 1, 1), self.stream, device=device).expand(shape),
+            torch.full_like(seeds, self.stream).expand(shape),
         )
-        key = tuple(word[:, None, None, None] for word in (seeds & _MASK, (seeds >> 32) & _MASK))
-        return philox_4x32(counter, key)
+        return philox_4x32(counter, (seeds & MASK, (seeds >> 32) & MASK))
 
     def children(
         self,
@@ -178,11 +147,21 @@ class NoiseTree:
         b, c, h, w = parents.shape
         y = origins[:, :1] + torch.arange(h, device=parents.device)
         x = origins[:, 1:] + torch.arange(w, device=parents.device)
-        normals = _normals(self._words(seeds, level, y, x))
-        normals = normals - normals.mean(dim=-1, keepdim=True)
-        std = math.sqrt(self.spectrum.detail_variance(level) * 4.0 / 3.0)
-        four = parents[..., None] + std * normals
+        where = seeds[:, None, None, None], level, y[:, None, :, None], x[:, None, None, :]
+        four = parents[..., None] + self._apart(*where)
         return four.reshape(b, c, h, w, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(b, c, 2 * h, 2 * w)
+
+    def _apart(
+        self,
+        seeds: Int64[Tensor, "..."],
+        level: int,
+        y: Int64[Tensor, "..."],
+        x: Int64[Tensor, "..."],
+    ) -> Float[Tensor, "*shape 4"]:
+        """What the four children, at `level`, of cells (y, x) are apart from them."""
+        found = normals(self._words(seeds, level, y, x))
+        std = math.sqrt(self.spectrum.detail_variance(level) * 4.0 / 3.0)
+        return std * (found - found.mean(dim=-1, keepdim=True))
 
     def box(
         self, seed: int, box: Box, device: torch.device | str = "cpu"
@@ -192,9 +171,10 @@ class NoiseTree:
 
     def boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
         """The same box of several fields, one a seed; float32."""
-        return self._boxes(seeds, box).float()
+        return self.exact(seeds, box).float()
 
-    def _boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+    def exact(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+        """`boxes` in float64."""
         spectrum = self.spectrum
         if box.level > spectrum.top_level:
             raise ValueError(
@@ -217,6 +197,111 @@ class NoiseTree:
             values, outer = values[:, :, ys, xs], inner
         return values
 
+    def windows(
+        self,
+        seeds: Int64[Tensor, " n"],
+        level: int,
+        corners: Int64[Tensor, "n 2"],
+        side: int,
+    ) -> Float[Tensor, "n c s s"]:
+        """Squares of side x side cells of white noise at scattered corners (y, x), each of a field
+        of its own; float64.
+        """
+        if self.spectrum.floor:
+            raise ValueError("scattered windows are of white noise; set the floor to 0")
+        # The side of what covers the window at each level, wherever it begins.
+        sides = [side]
+        for _ in range(level, self.spectrum.top_level):
+            sides.append(sides[-1] // 2 + 1)
+        up = len(sides) - 1
+        inside = torch.arange(sides[-1], device=corners.device)
+        first = corners >> up
+        rows, columns = (first[:, axis, None] + inside for axis in (0, 1))
+        where = rows[:, None, :, None], columns[:, None, None, :]
+        values = self._innovation(seeds[:, None, None, None], self.spectrum.top_level, *where)
+        for up in range(up - 1, -1, -1):
+            values = self.children(values, seeds, level + up, first)
+            finer = corners >> up
+            skip, inside = finer - 2 * first, torch.arange(sides[up], device=corners.device)
+            rows, columns = (skip[:, axis, None] + inside for axis in (0, 1))
+            index = rows[:, :, None] * values.shape[-1] + columns[:, None, :]
+            index = index.flatten(1)[:, None].expand(-1, self.channels, -1)
+            values = values.flatten(2).gather(2, index).unflatten(2, (sides[up], sides[up]))
+            first = finer
+        return values
+
+    def at(self, seeds: Int64[Tensor, " b"], points: Points) -> Float[Tensor, "n c"]:
+        """Means over sparse cells of any levels, as `boxes` has them; float32, O(levels) a cell.
+
+        `seeds` name the field of each image of the batch.
+        """
+        out = torch.empty(len(points), self.channels, device=seeds.device)
+        for level in points.level.unique().tolist():
+            here = (points.level == level).nonzero()[:, 0]
+            found = self._at(seeds[points.image[here]], level, points.y[here], points.x[here])
+            out[here] = found.float()
+        return out
+
+    def _at(
+        self,
+        seeds: Int64[Tensor, " n"],
+        level: int,
+        y: Int64[Tensor, " n"],
+        x: Int64[Tensor, " n"],
+    ) -> Float[Tensor, "n c"]:
+        spectrum, coarse = self.spectrum, self.spectrum.coarse_level
+        if level > spectrum.top_level:
+            raise ValueError(
+                f"a point of level {level} lies above the tree's top level {spectrum.top_level}"
+            )
+        if spectrum.floor and level > coarse:
+            side = 1 << (level - coarse)
+            inside = torch.arange(side, device=y.device)
+            below = (
+                (y[:, None, None] * side + inside[:, None]).expand(-1, side, side).flatten(),
+                (x[:, None, None] * side + inside).expand(-1, side, side).flatten(),
+            )
+            values = self._smooth_at(seeds.repeat_interleave(side**2), coarse, *below)
+            return values.view(len(y), side**2, -1).mean(dim=1)
+        start = coarse if spectrum.floor else spectrum.top_level
+        up = start - level
+        if spectrum.floor:
+            values = self._smooth_at(seeds, start, y >> up, x >> up)
+        else:
+            values = self._innovation(*_columns(seeds, start, y >> up, x >> up))
+        for down in range(start - 1, level - 1, -1):
+            up = down - level
+            child = ((y >> up) & 1) * 2 + ((x >> up) & 1)
+            apart = self._apart(*_columns(seeds, down, y >> (up + 1), x >> (up + 1)))
+            values = (
+                values + apart.gather(-1, child[:, None, None].expand_as(apart[..., :1]))[..., 0]
+            )
+        return values
+
+    def _smooth_at(
+        self,
+        seeds: Int64[Tensor, " n"],
+        level: int,
+        y: Int64[Tensor, " n"],
+        x: Int64[Tensor, " n"],
+    ) -> Float[Tensor, "n c"]:
+        """`_smooth` at single cells: each cell once, and so each of those that it is made of."""
+        cells, back = torch.stack([seeds, y, x]).unique(dim=1, return_inverse=True)
+        seeds, y, x = cells
+        values = self._innovation(*_columns(seeds, level, y, x))
+        if level == self.spectrum.top_level:
+            return values[back]
+        # Bilinear, as `_doubled`: three quarters of the parent, a quarter of the nearer neighbour.
+        ys, xs = (torch.stack([p >> 1, (p >> 1) + 2 * (p & 1) - 1]) for p in (y, x))
+        four = self._smooth_at(
+            seeds.repeat(4),
+            level + 1,
+            ys.repeat_interleave(2, dim=0).flatten(),
+            xs.repeat(2, 1).flatten(),
+        ).view(2, 2, len(y), -1)
+        rows = 0.75 * four[0] + 0.25 * four[1]
+        return (0.75 * rows[0] + 0.25 * rows[1] + values)[back]
+
     def _smooth(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
         """Means over cells of the coarse level: innovations of every octave, interpolated down."""
         outer = box
@@ -235,10 +320,26 @@ class NoiseTree:
         """Independent normals of the innovation's variance on the cells of a box."""
         rows = torch.arange(box.y, box.y + box.height, device=seeds.device)
         columns = torch.arange(box.x, box.x + box.width, device=seeds.device)
-        b = len(seeds)
-        words = self._words(seeds, box.level, rows.expand(b, -1), columns.expand(b, -1))
-        std = math.sqrt(self.spectrum.innovation(box.level)) * self.spectrum.scale
-        return _normals(words)[..., 0] * std
+        seeds = seeds[:, None, None, None]
+        return self._innovation(
+            seeds, box.level, rows[None, None, :, None], columns[None, None, None]
+        )
+
+    def _innovation(
+        self,
+        seeds: Int64[Tensor, "..."],
+        level: int,
+        y: Int64[Tensor, "..."],
+        x: Int64[Tensor, "..."],
+    ) -> Float[Tensor, "..."]:
+        std = math.sqrt(self.spectrum.innovation(level)) * self.spectrum.scale
+        return normals(self._words(seeds, level, y, x))[..., 0] * std
+
+
+def _columns(
+    seeds: Int64[Tensor, " n"], level: int, y: Int64[Tensor, " n"], x: Int64[Tensor, " n"]
+) -> tuple[Int64[Tensor, "n 1"], int, Int64[Tensor, "n 1"], Int64[Tensor, "n 1"]]:
+    return seeds[:, None], level, y[:, None], x[:, None]
 
 
 def _doubled(values: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.lattice import Box
-from model.noise import NoiseSpectrum, NoiseTree, philox_4x32
+from model.noise import NoiseSpectrum, NoiseTree
+from model.philox import philox_4x32
 
 WHITE = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.0)
 FLOORED = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.005)

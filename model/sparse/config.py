@@ -1,0 +1,159 @@
+"""Every choice of a `SparseOperatorDenoiser` as one field, and its presets."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from model.design import Design, PointDesign
+from model.noise import NoiseSpectrum
+from model.operators.normalisation import Normalisation
+from model.process import Octaves
+
+CrossAttention = Literal["operator", "softmax", "lookup", "none"]
+Resampling = Literal["knn", "splat"]
+Tokens = Literal["one", "lattice"]
+Sums = Literal["all", "subset"]
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Sizes and choices of a `denoiser.SparseOperatorDenoiser`. The defaults are the papers'.
+
+    channels: bands of the image. token_dim: width of the condition's embeddings. classes: number
+    of class labels, 0 for none. vector_dim: width of a global vector that conditions, 0 for none.
+    coarse_level: level of the lattice; 5 is cells of 32 px, 128^2 of them in 4096^2.
+    width, blocks: features of a point, and blocks before and after the lattice. kernel,
+    normalisation: of the depthwise operators (see `operators.contract`). cross_attention: how
+    points read the tokens. self_attention: whether they read each other. tokens: `one` is the mean
+    of the finest lattice, a single vector for an image. resampling: how features come to the
+    lattice. sums: whether an image that is painted is summed over all its pixels, or over a keyed
+    subset as dense as what was trained on (see `painter`). means: whether the exact area means of u_t come with them, which needs unmollified
+    noise. feature_dropout: how often the features of points are left out of the lattice in
+    training, so that the means alone suffice.
+    mollifier_sigma_px: deviation of the Gaussian that smooths data and noise; 0 for none.
+    schedule, target, weight: see `model.schedule` and `model.targets`.
+    unet_*: as in `PyramidConfig`; unet_self_attention: its coarsest resolutions attend to
+    themselves, and only its middle to the tokens.
+    """
+
+    channels: int
+    token_dim: int
+    classes: int = 0
+    vector_dim: int = 0
+    coarse_level: int = 5
+    width: int = 64
+    blocks: int = 3
+    kernel: int = 7
+    normalisation: Normalisation = "ratio"
+    cross_attention: CrossAttention = "operator"
+    self_attention: bool = True
+    heads: int = 4
+    tokens: Tokens = "one"
+    resampling: Resampling = "knn"
+    sums: Sums = "all"
+    means: bool = False
+    feature_dropout: float = 0.0
+    mollifier_sigma_px: float = 1.0
+    schedule: str = "cosine"
+    target: str = "epsilon"
+    weight: str = "simple"
+    token_width: int = 768
+    embedding_width: int = 256
+    unet_widths: tuple[int, ...] = (128, 256, 512, 1024, 1024)
+    unet_attention: int = 2
+    unet_layers: int = 2
+    unet_head_dim: int = 32
+    unet_groups: int = 32
+    unet_self_attention: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kernel % 2 == 0 or self.blocks < 1:
+            raise ValueError(
+                f"a sparse denoiser needs an odd kernel and at least one block, but got "
+                f"{self.kernel} and {self.blocks}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"a width of {self.width} does not divide into {self.heads} heads")
+        if self.means and self.mollifier_sigma_px:
+            raise ValueError(
+                "the exact area means of mollified noise are not known without all its pixels; "
+                "set mollifier_sigma_px to 0, or means to False"
+            )
+
+    @property
+    def halo(self) -> int:
+        """Cells at the rim of a tile whose features lack neighbours after all blocks."""
+        return 2 * self.blocks * (self.kernel // 2)
+
+    @property
+    def cell_px(self) -> int:
+        """Fields are painted in multiples of this many pixels: the coarse cell."""
+        return 1 << self.coarse_level
+
+    @property
+    def preview_level(self) -> int:
+        """Points are known at the level of pixels only."""
+        return 0
+
+    def tile_px(self, on_gpu: bool) -> int:
+        """Side of a tile that suits a device: on a CPU it stays in the cache."""
+        return max(1024 if on_gpu else 256, self.cell_px)
+
+    def overlap(self, asked: float | None, height_px: int, width_px: int, level: int) -> None:
+        """Nothing overlaps here; a `ValueError` where that, or another resolution, is asked
+        for.
+        """
+        if asked is not None:
+            raise ValueError(
+                f"an overlap of {asked:g} was asked for, but only patch diffusion paints in "
+                "windows that overlap; leave --overlap out"
+            )
+        if level:
+            raise ValueError(
+                "sparse operators were trained on pixels, and paint at their resolution only; "
+                "leave --scale at 1"
+            )
+
+    def check_design(self, design: Design) -> None:
+        """A `ValueError` when the draws of `design` cannot train this denoiser."""
+        if not isinstance(design, PointDesign):
+            raise ValueError(
+                f"this preset needs --design uniform, mixed or sobol, the packs were drawn by "
+                f"{design}; pack again"
+            )
+        if design.coarse_level != self.coarse_level:
+            raise ValueError(
+                f"this preset needs --coarse-level {self.coarse_level}, the packs have "
+                f"{design.coarse_level}; pack again"
+            )
+
+    def check_mollifier(self, sigma_px: float) -> None:
+        """A `ValueError` when the packs were smoothed otherwise than the noise will be."""
+        if sigma_px != self.mollifier_sigma_px:
+            raise ValueError(
+                f"this preset needs packs made with --mollifier {self.mollifier_sigma_px:g}, but "
+                f"these were made with {sigma_px:g}: data and noise must be smoothed alike; pack "
+                "again"
+            )
+
+    def octaves(
+        self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
+    ) -> Octaves:
+        """The process in every octave of a region, from the variances measured on it."""
+        floor = 0.0 if self.mollifier_sigma_px else noise_floor
+        return Octaves(signal, (), NoiseSpectrum(len(signal) - 1, self.coarse_level, floor))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "paper-tiny": {
+        "width": 32,
+        "blocks": 2,
+        "heads": 2,
+        "token_width": 64,
+        "embedding_width": 64,
+        "unet_widths": (32, 64, 96),
+        "unet_layers": 1,
+        "unet_groups": 16,
+    },
+}
+"""`paper` is what was published (450M parameters); `paper-tiny` the same for two CPU cores."""

@@ -1,0 +1,188 @@
+"""The papers' denoiser: operators on sparse points around a U-Net on the coarse lattice.
+
+∞-Brush has two levels. At the *sparse level*, blocks of a depthwise operator over the points
+present, a cross-attention operator that reads the condition and a self-attention operator by which
+points read each other; at the *grid level*, a U-Net on a lattice of coarse cells. Features of
+points are brought to the lattice, and what the U-Net makes of them is looked up at the points; a
+second stack of blocks, with skips from the first, gives what the target asks for.
+
+Two couplings reach beyond a neighbourhood: self-attention, which is a sum over points, and the
+lattice. So the forward is a coroutine: it yields what its own points contribute and is sent what
+that comes to over the whole image. For a draw the two are one thing; over an image in tiles they
+are added up first. Training and painting run the same lines, and a tiling changes nothing.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from model.attention import Condition, TokenEncoder, Tokens
+from model.blocks import LevelEmbedding, zero_linear
+from model.operator_attention import AttentionSums
+from model.operators.contract import Backend
+from model.points import Points
+from model.process import Octaves
+from model.resample import Splat, interpolate
+from model.sparse.blocks import LatticeNet, PointBlock
+from model.sparse.config import SparseConfig
+from model.sparse.support import PointSupport, Support
+from model.targets import make_target
+from model.wiener import wiener
+
+Part = AttentionSums | Splat
+Forward = Generator[Part, Any, Float[Tensor, "n c"]]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Exact area means of y = u_t / sqrt(abar) on the coarse lattice, zero where absent."""
+
+    observed: Float[Tensor, "b hl wl c"]
+    present: Float[Tensor, "b hl wl 1"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What all points of a batch of images share at one noise level.
+
+    keep_features: the images whose lattice is given the features of points; None for all.
+    """
+
+    log_snr: Float[Tensor, " b"]
+    embedding: Float[Tensor, "b e"]
+    tokens: Tokens
+    means: Means | None
+    keep_features: Bool[Tensor, " b"] | None = None
+
+
+class SparseOperatorDenoiser(nn.Module):
+    """What `config.target` asks for at points, from u_t there, a condition and the log-SNR.
+
+    backend: of the depthwise operators (see `operators.contract`); no parameter depends on it.
+    """
+
+    def __init__(
+        self, config: SparseConfig, octaves: Octaves, backend: Backend = "reference"
+    ) -> None:
+        super().__init__()
+        self.config, self.octaves, self.backend = config, octaves, backend
+        self.target = make_target(config.target)
+        self.tokens = TokenEncoder(config.token_dim, config.token_width)
+        self.embedding = LevelEmbedding(config.embedding_width)
+        self.observe = nn.Linear(config.channels, config.width)
+        self.scale = nn.Embedding(config.coarse_level + 1, config.width)
+        self.down = nn.ModuleList(PointBlock(config) for _ in range(config.blocks))
+        self.lattice = LatticeNet(config, _lattice_inputs(config))
+        self.up = nn.ModuleList(PointBlock(config) for _ in range(config.blocks))
+        self.merge = nn.ModuleList(
+            nn.Linear(2 * config.width, config.width) for _ in range(config.blocks)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.head = zero_linear(config.width, config.channels)
+
+    @property
+    def num_sums(self) -> int:
+        """How often `run` yields."""
+        return 1 + 2 * self.config.blocks * self.config.self_attention
+
+    def support(self, points: Points) -> PointSupport:
+        """Points as what `run` is given; to be kept while the same points are evaluated."""
+        return PointSupport(points, self.config, self.backend)
+
+    def prepare(
+        self,
+        condition: Condition,
+        log_snr: Float[Tensor, " b"],
+        means: Means | None = None,
+        keep_features: Bool[Tensor, " b"] | None = None,
+    ) -> Evaluation:
+        """A condition and a noise level, encoded once for all points."""
+        if self.config.means and means is None:
+            raise ValueError("this denoiser reads the area means of u_t; give them")
+        if self.config.tokens == "one":
+            condition = pooled(condition)
+        tokens = Tokens(*self.tokens(condition), condition)
+        return Evaluation(log_snr, self.embedding(log_snr), tokens, means, keep_features)
+
+    def forward(
+        self, u: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
+    ) -> Float[Tensor, "n c"]:
+        """The network's output at the points of a draw, which are all that there is."""
+        run = self.run(u, support, evaluation)
+        part = next(run)
+        while True:
+            try:
+                part = run.send(self.complete(part, evaluation))
+            except StopIteration as end:
+                return end.value
+
+    def run(self, u: Float[Tensor, "n c"], support: Support, evaluation: Evaluation) -> Forward:
+        """The forward over some points of an image, as a coroutine (see the module)."""
+        config, level = self.config, self.config.coarse_level
+        encoded = evaluation.embedding, evaluation.tokens
+        x = self.observe(u) + self.scale(support.points.level)
+        skips = []
+        for block in self.down:
+            x = yield from block(x, support, *encoded)
+            skips.append(x)
+        lattice = yield support.to_lattice(x)
+        x = interpolate(lattice, support.points, level)
+        for block, merge in zip(self.up, self.merge, strict=True):
+            x = merge(torch.cat([x, skips.pop()], dim=-1))
+            x = yield from block(x, support, *encoded)
+        return self.head(self.norm(x))
+
+    def complete(self, total: Part, evaluation: Evaluation) -> Any:
+        """What the sum of all contributions comes to: what `run` is sent."""
+        if isinstance(total, AttentionSums):
+            return total
+        inputs = total.apply()
+        if evaluation.keep_features is not None:
+            inputs = inputs * evaluation.keep_features[:, None, None, None]
+        if evaluation.means is not None:
+            inputs = torch.cat([inputs, *self._mean_inputs(evaluation)], dim=-1)
+        tokens = evaluation.tokens
+        if self.config.tokens == "lattice":
+            inputs = torch.cat([inputs, self._token_inputs(inputs, tokens)], dim=-1)
+        return self.lattice(inputs, evaluation.log_snr, tokens.attended)
+
+    def _mean_inputs(self, evaluation: Evaluation) -> list[Float[Tensor, "b hl wl _"]]:
+        """The means in units of their deviation, their linear estimate, and which are there."""
+        assert evaluation.means is not None
+        observed, present = evaluation.means.observed, evaluation.means.present
+        known = wiener(self.octaves, observed, evaluation.log_snr) * present
+        signal, noise = self.octaves.variances(self.config.coarse_level)
+        deviation = (signal + noise * torch.exp(-evaluation.log_snr)).sqrt()
+        return [observed / deviation[:, None, None, None], known * signal**-0.5, present]
+
+    def _token_inputs(self, like: Float[Tensor, "b hl wl _"], tokens: Tokens) -> Tensor:
+        """The token at every cell's centre."""
+        b, h, w, _ = like.shape
+        ys, xs = (
+            (torch.arange(extent, device=like.device) + 0.5) * self.config.cell_px
+            for extent in (h, w)
+        )
+        index = torch.arange(b, device=like.device)
+        return tokens.at(index, ys.expand(b, -1), xs.expand(b, -1))
+
+
+def pooled(condition: Condition) -> Condition:
+    """The finest lattice as one token: its mean, at its middle."""
+    gy, gx = condition.grid
+    finest = slice(0, gy * gx)
+    return replace(
+        condition,
+        values=condition.values[:, finest].mean(dim=1, keepdim=True),
+        centres_px=condition.centres_px[:, finest].mean(dim=1, keepdim=True),
+        footprints_px=condition.footprints_px[:, :1] * max(gy, gx),
+        grid=(1, 1),
+    )
+
+
+def _lattice_inputs(config: SparseConfig) -> int:
+    means = 2 * config.channels + 1 if config.means else 0
+    return config.width + 1 + means + (config.token_width if config.tokens == "lattice" else 0)

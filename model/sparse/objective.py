@@ -1,0 +1,79 @@
+"""The training objective of a sparse-operator denoiser: the error of what it is asked for.
+
+At the cells of a draw, and only there, u_0 is known from the packs and the noise from its keyed
+field. The loss of each level of cells is the mean squared error of the target over its points,
+weighted by the noise level (`targets`); their sum is the objective. With level-0 points alone and
+the simple weight that is ∞-Brush's loss.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from model.attention import Condition
+from model.draw import PointDraw
+from model.lattice import Box
+from model.noise import philox_4x32
+from model.schedule import make_schedule
+from model.sparse.denoiser import Means, SparseOperatorDenoiser
+from model.targets import make_weight
+
+KEEP_STREAM = 0xFEA7
+
+
+class SparseObjective(nn.Module):
+    """Losses of a batch at every level that it has points of, as a module that DeepSpeed can
+    wrap.
+    """
+
+    def __init__(self, denoiser: SparseOperatorDenoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.weight = make_weight(denoiser.config.weight)
+
+    def forward(
+        self,
+        draw: PointDraw,
+        condition: Condition,
+        seeds: Int64[Tensor, " b"],
+        uniform: Float[Tensor, " b"],
+    ) -> Float[Tensor, " levels"]:
+        """`seeds` name the noise fields; `uniform` in [0, 1) is the noise level's place in the
+        schedule, 0 at the noisy end.
+        """
+        denoiser = self.denoiser
+        points, truth = draw.points()
+        log_snr = denoiser.schedule.log_snr(1 - uniform)
+        noise = denoiser.noise.at(seeds, points).to(truth)
+        at = log_snr[points.image, None]
+        u = torch.sigmoid(at).sqrt() * truth + torch.sigmoid(-at).sqrt() * noise
+        means = self._means(draw, seeds, log_snr) if denoiser.config.means else None
+        evaluation = denoiser.prepare(condition, log_snr, means, self._keep(seeds))
+        out = denoiser(u, denoiser.support(points), evaluation)
+        wanted = denoiser.wanted(truth, noise, points, log_snr)
+        error = (out - wanted).square().mean(dim=-1) * self.weight(log_snr)[points.image]
+        # Over the points that a draw has, absent ones too: every point counts alike, and the
+        # loss of a batch is the mean of those of its parts, however ranks share it.
+        most = torch.bincount(draw.cells[..., 0].flatten())
+        losses = error.new_zeros(len(most)).index_add(0, points.level, error)
+        return losses / most.clamp_min(1)
+
+    def _means(
+        self, draw: PointDraw, seeds: Int64[Tensor, " b"], log_snr: Float[Tensor, " b"]
+    ) -> Means:
+        """The draw's lattice with its noise."""
+        lattice = draw.lattice
+        box = Box(self.denoiser.config.coarse_level, 0, 0, *lattice.shape[1:3])
+        noise = self.denoiser.noise.boxes(seeds, box).permute(0, 2, 3, 1)
+        present = draw.lattice_present.to(lattice)
+        sigma = torch.exp(-log_snr / 2)[:, None, None, None]
+        return Means((lattice + sigma * noise.to(lattice)) * present, present)
+
+    def _keep(self, seeds: Int64[Tensor, " b"]) -> Tensor | None:
+        """Which images keep the features of points on their lattice: a function of the seed."""
+        if self.denoiser.config.feature_dropout == 0.0:
+            return None
+        zero = torch.zeros_like(seeds)
+        counter = (zero, zero, zero, torch.full_like(seeds, KEEP_STREAM))
+        word = philox_4x32(counter, (seeds & 0xFFFFFFFF, (seeds >> 32) & 0xFFFFFFFF))[0]
+        return word.double() * 2.0**-32 >= self.denoiser.config.feature_dropout
