@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64, UInt16
 from torch import Tensor
 
-from conditioning.tokens import TokenScale, dihedral, to_condition, within
+from conditioning.tokens import TokenScale, dihedral, to_condition, with_labels, within
 from model.attention import Condition
 from model.draw import Draw, PointDraw, WindowDraw
 from pipeline.embeddings import TokenLattice
@@ -54,6 +54,7 @@ class Sample:
     windows: UInt16[np.ndarray, "chains levels w w c"]
     origins: Int64[np.ndarray, "chains levels 2"]
     tokens: list[TokenLattice]
+    label: str | None = None
 
 
 def turn(sample: Sample, element: int, side_px: int) -> Sample:
@@ -71,7 +72,8 @@ def turn(sample: Sample, element: int, side_px: int) -> Sample:
     if element & 2:
         lattice, windows = lattice[:, ::-1], windows[:, :, :, ::-1]
         origins[..., 1] = extent - origins[..., 1] - window
-    return Sample(lattice, windows, origins, dihedral(sample.tokens, element, side_px))
+    tokens = dihedral(sample.tokens, element, side_px)
+    return Sample(lattice, windows, origins, tokens, sample.label)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Batches:
     """The batches of a run.
 
     batch: size of the global batch. condition_dropout: how often a condition is dropped, for
-    classifier-free guidance. augment: whether samples are turned and mirrored.
+    classifier-free guidance; a label is dropped as often on its own, and in half of the samples
+    whose tokens are, so that guidance knows images without either. augment: whether samples are
+    turned and mirrored.
     """
 
     packs: PackSet
@@ -112,7 +116,7 @@ class Batches:
         """The slice of rank `rank` of `world` of the global batch of one step."""
         share = self.batch // world
         numbers = range(step * self.batch + rank * share, step * self.batch + (rank + 1) * share)
-        samples, seeds, uniform, keep = [], [], [], []
+        samples, seeds, uniform, keep, keep_label = [], [], [], [], []
         for number in numbers:
             random = np.random.Generator(
                 np.random.Philox(np.random.SeedSequence((self.seed, 1, number)))
@@ -122,6 +126,8 @@ class Batches:
             uniform.append((number % self.batch + random.random()) / self.batch)
             keep.append(bool(random.random() >= self.condition_dropout))
             element = int(random.integers(8)) if self.augment else 0
+            dropout = self.condition_dropout if keep[-1] else 0.5
+            keep_label.append(bool(random.random() >= dropout))
             sample = turn(self._sample(number), element, self.packs.settings.side_px)
             view = self.packs.design.view(sample.origins)
             if view is not None:
@@ -131,9 +137,11 @@ class Batches:
         scale = TokenScale(
             np.array(statistics.token_mean, np.float32), np.array(statistics.token_std, np.float32)
         )
+        condition = to_condition([sample.tokens for sample in samples], scale, keep)
+        labels = [sample.label for sample in samples]
         return Batch(
             self._draw(samples),
-            to_condition([sample.tokens for sample in samples], scale, keep),
+            with_labels(condition, self.packs.settings.classes, labels, keep_label),
             torch.tensor(seeds, dtype=torch.int64),
             torch.tensor(uniform, dtype=torch.float32),
         )
@@ -145,7 +153,7 @@ class Batches:
         entry = self._entries[region]
         drawn = self.packs.draw(entry, pack)
         tokens = self.packs.tokens(entry)
-        return Sample(drawn.lattice, drawn.windows, drawn.origins, tokens)
+        return Sample(drawn.lattice, drawn.windows, drawn.origins, tokens, entry.label)
 
     def _draw(self, samples: list[Sample]) -> Draw:
         lattice, lattice_present = self._standardise(np.stack([s.lattice for s in samples]))

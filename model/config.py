@@ -29,7 +29,7 @@ class PyramidConfig:
     cells a side that it takes as one. unet_widths: channels at its resolutions. unet_attention:
     how many of them, from the coarsest, attend to the tokens (to themselves, with
     unet_self_attention). unet_layers, unet_head_dim, unet_groups: layers a resolution, width of a
-    head, groups of GroupNorm.
+    head, groups of GroupNorm. classes: how many labels an image may have.
     """
 
     channels: int
@@ -49,6 +49,7 @@ class PyramidConfig:
     unet_head_dim: int = 32
     unet_groups: int = 16
     unet_self_attention: bool = False
+    classes: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.widths) == len(self.blocks) == self.coarse_level:
@@ -130,6 +131,11 @@ class PatchConfig:
                 f"a patch of {self.patch_px} px must be a power of two and a multiple of "
                 f"{multiple} px, the coarsest place of its U-Net"
             )
+
+    @property
+    def classes(self) -> int:
+        """Patches know no labels."""
+        return 0
 
     @property
     def cell_px(self) -> int:

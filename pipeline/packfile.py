@@ -1,10 +1,10 @@
 """Pixel packs at rest: WebDataset tar shards and an index of offsets.
 
-One sample of a shard is one region: `KEY.json` (place, valid fraction), `KEY.tokens.npy` (once,
-not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`, `KEY.p01.bin`
-..., one draw each: the values of its windows in the order (chain, level, y, x, channel). KEY is an
-integer. Any WebDataset reader can stream a shard; random access takes two ranges of it through the
-index.
+One sample of a shard is one region: `KEY.json` (place, valid fraction, label), `KEY.tokens.npy`
+(once, not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`,
+`KEY.p01.bin` ..., one draw each: the values of its windows in the order (chain, level, y, x,
+channel). KEY is an integer. Any WebDataset reader can stream a shard; random access takes two
+ranges of it through the index.
 
 Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
 are kept to 1/256 of a grey level. 65,535 marks a cell that is absent: outside the image, or not
@@ -35,7 +35,8 @@ class PackSettings:
     """Everything that a pack was made with; a trainer or a second run that differs says so and
     stops.
 
-    lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first.
+    lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first. classes:
+    the labels that training regions have, sorted; a label's number is its place here.
     """
 
     store: str
@@ -54,6 +55,7 @@ class PackSettings:
     spacing: float
     bands: tuple[str, ...]
     dtype: str
+    classes: tuple[str, ...] = ()
 
     def make_design(self) -> Design:
         return make_design(
@@ -102,7 +104,7 @@ class RegionEntry:
 
     key: its number in the store's region table. offsets: (start, length) in bytes of its tokens,
     its lattice and its packs, in this order, in `shard`. first_px: (y, x) of the first token's
-    centre, for each lattice.
+    centre, for each lattice. label: the class of its image, if it was given one.
     """
 
     key: int
@@ -113,6 +115,7 @@ class RegionEntry:
     shard: str
     first_px: tuple[tuple[float, float], ...]
     offsets: tuple[tuple[int, int], ...]
+    label: str | None = None
 
 
 def extent_of(
