@@ -18,9 +18,18 @@ from torch import Tensor
 
 from conditioning.tokens import TokenScale, dihedral, to_condition, with_labels, within
 from model.attention import Condition
+from model.design import PointDesign
 from model.draw import Draw, PointDraw, WindowDraw
+from model.lattice import Box
 from pipeline.embeddings import TokenLattice
-from pipeline.packfile import ABSENT, PackSet, RegionEntry
+from pipeline.packfile import (
+    ABSENT,
+    Drawn,
+    DrawnPoints,
+    DrawnWindows,
+    PackSet,
+    RegionEntry,
+)
 
 PREFETCHED = 2
 
@@ -50,30 +59,57 @@ class Batch:
 class Sample:
     """One pack, turned, still in numpy."""
 
-    lattice: UInt16[np.ndarray, "hl wl c"]
-    windows: UInt16[np.ndarray, "chains levels w w c"]
-    origins: Int64[np.ndarray, "chains levels 2"]
+    drawn: Drawn
     tokens: list[TokenLattice]
     label: str | None = None
 
 
 def turn(sample: Sample, element: int, side_px: int) -> Sample:
     """A symmetry of the square: bit 2 transposes, then bits 0 and 1 mirror y and x."""
-    lattice, windows, origins = sample.lattice, sample.windows, sample.origins
+    drawn = sample.drawn
+    drawn = replace(drawn, lattice=_turn_square(drawn.lattice, element))
+    if isinstance(drawn, DrawnPoints):
+        cells = _turn_cells(drawn.cells, element, side_px)
+        drawn = replace(drawn, cells=cells)
+    else:
+        drawn = _turn_windows(drawn, element, side_px)
+    return replace(sample, drawn=drawn, tokens=dihedral(sample.tokens, element, side_px))
+
+
+def _turn_square(lattice: UInt16[np.ndarray, "h w c"], element: int) -> np.ndarray:
+    if element & 4:
+        lattice = lattice.swapaxes(0, 1)
+    return lattice[:: -1 if element & 1 else 1, :: -1 if element & 2 else 1]
+
+
+def _turn_cells(
+    cells: Int64[np.ndarray, "n 3"], element: int, side_px: int
+) -> Int64[np.ndarray, "n 3"]:
+    level, y, x = cells.T
+    last = (side_px >> level) - 1
+    if element & 4:
+        y, x = x, y
+    if element & 1:
+        y = last - y
+    if element & 2:
+        x = last - x
+    return np.stack([level, y, x], axis=-1)
+
+
+def _turn_windows(drawn: DrawnWindows, element: int, side_px: int) -> DrawnWindows:
+    windows, origins = drawn.windows, drawn.origins
     levels, window = windows.shape[1:3]
     extent = side_px >> np.arange(levels)
     if element & 4:
-        lattice = lattice.swapaxes(0, 1)
         windows, origins = windows.swapaxes(2, 3), origins[..., ::-1]
     origins = origins.copy()
     if element & 1:
-        lattice, windows = lattice[::-1], windows[:, :, ::-1]
+        windows = windows[:, :, ::-1]
         origins[..., 0] = extent - origins[..., 0] - window
     if element & 2:
-        lattice, windows = lattice[:, ::-1], windows[:, :, :, ::-1]
+        windows = windows[:, :, :, ::-1]
         origins[..., 1] = extent - origins[..., 1] - window
-    tokens = dihedral(sample.tokens, element, side_px)
-    return Sample(lattice, windows, origins, tokens, sample.label)
+    return replace(drawn, windows=windows, origins=origins)
 
 
 @dataclass(frozen=True)
@@ -129,7 +165,7 @@ class Batches:
             dropout = self.condition_dropout if keep[-1] else 0.5
             keep_label.append(bool(random.random() >= dropout))
             sample = turn(self._sample(number), element, self.packs.settings.side_px)
-            view = self.packs.design.view(sample.origins)
+            view = self._view(sample.drawn)
             if view is not None:
                 sample = replace(sample, tokens=within(sample.tokens, view))
             samples.append(sample)
@@ -153,13 +189,28 @@ class Batches:
         entry = self._entries[region]
         drawn = self.packs.draw(entry, pack)
         tokens = self.packs.tokens(entry)
-        return Sample(drawn.lattice, drawn.windows, drawn.origins, tokens, entry.label)
+        return Sample(drawn, tokens, entry.label)
+
+    def _view(self, drawn: Drawn) -> Box | None:
+        """The pixels whose tokens condition a draw; None for all of the region."""
+        design = self.packs.design
+        if isinstance(drawn, DrawnPoints) or isinstance(design, PointDesign):
+            return None
+        return design.view(drawn.origins)
 
     def _draw(self, samples: list[Sample]) -> Draw:
-        lattice, lattice_present = self._standardise(np.stack([s.lattice for s in samples]))
-        windows, windows_present = self._standardise(np.stack([s.windows for s in samples]))
-        origins = torch.from_numpy(np.stack([s.origins for s in samples]))
-        return Draw(lattice, lattice_present, windows, windows_present, origins)
+        draws = [sample.drawn for sample in samples]
+        lattice, lattice_present = self._standardise(np.stack([d.lattice for d in draws]))
+        points = [d for d in draws if isinstance(d, DrawnPoints)]
+        if points:
+            side = self.packs.settings.side_px
+            values, present = self._standardise(np.stack([d.values for d in points]))
+            cells = torch.from_numpy(np.stack([d.cells for d in points]))
+            return PointDraw(lattice, lattice_present, values, present, cells, (side, side))
+        chains = [d for d in draws if isinstance(d, DrawnWindows)]
+        windows, windows_present = self._standardise(np.stack([d.windows for d in chains]))
+        origins = torch.from_numpy(np.stack([d.origins for d in chains]))
+        return WindowDraw(lattice, lattice_present, windows, windows_present, origins)
 
     def _standardise(self, fixed: UInt16[np.ndarray, "*shape"]) -> tuple[Tensor, Tensor]:
         present = fixed[..., :1] != ABSENT

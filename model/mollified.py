@@ -5,9 +5,9 @@ a cell: for scattered points that costs O(N k^2), however large the image is, si
 around each share their ancestors in the tree. Values are sums in one fixed order, so that a point,
 a tile and the whole image have the same bits.
 
-Nothing is renormalised: at sigma = 1 px the deviation is 1 / (2 sqrt(pi) sigma) = 0.28. At level l,
-which is the image at the scale r = 2^-l, A is r sigma cells wide and xi, a mean over cells, has the
-deviation r: the noise of a coarser image is the same in physical units.
+Nothing is renormalised: at sigma = 1 px the deviation is 1 / (2 sqrt(pi) sigma) = 0.28. At level
+l, which is the image at the scale r = 2^-l, A is r sigma cells wide and xi, a mean over cells, has
+the deviation r: the noise of a coarser image is the same in physical units.
 """
 
 from dataclasses import dataclass

@@ -26,6 +26,8 @@ WIENER_EPSILON = 0.05
 
 def gaussian_taps(sigma_px: float) -> Float64[np.ndarray, " k"]:
     """k in one dimension, an odd number of taps; a single one where sigma is 0."""
+    if sigma_px < 0 or not math.isfinite(sigma_px):
+        raise ValueError(f"a mollifier's sigma is a number of pixels from 0 on, not {sigma_px}")
     radius = math.ceil(REACH * sigma_px)
     if radius == 0:
         return np.ones(1)
@@ -43,8 +45,6 @@ def mollify(
     valid: which pixels count; the mean is over those within reach, and what is not valid stays as
     it is.
     """
-    if sigma_px < 0 or not math.isfinite(sigma_px):
-        raise ValueError(f"a mollifier's sigma is a number of pixels from 0 on, not {sigma_px}")
     taps = gaussian_taps(sigma_px)
     if valid is None or valid.all():
         return _smooth(pixels, taps)

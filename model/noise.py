@@ -213,13 +213,12 @@ class NoiseTree:
         sides = [side]
         for _ in range(level, self.spectrum.top_level):
             sides.append(sides[-1] // 2 + 1)
-        up = len(sides) - 1
         inside = torch.arange(sides[-1], device=corners.device)
-        first = corners >> up
+        first = corners >> (len(sides) - 1)
         rows, columns = (first[:, axis, None] + inside for axis in (0, 1))
         where = rows[:, None, :, None], columns[:, None, None, :]
         values = self._innovation(seeds[:, None, None, None], self.spectrum.top_level, *where)
-        for up in range(up - 1, -1, -1):
+        for up in reversed(range(len(sides) - 1)):
             values = self.children(values, seeds, level + up, first)
             finer = corners >> up
             skip, inside = finer - 2 * first, torch.arange(sides[up], device=corners.device)

@@ -3,9 +3,9 @@
 Time 0 is the image, time 1 the noise. Training draws t uniformly and sampling steps through it, so
 that a schedule decides how much of either each octave gets (see `process.Octaves`):
 
-    Cosine     abar = cos^2(pi t / 2), lambda = -2 ln tan(pi t / 2) (Nichol and Dhariwal, 2021). For
-               an image of `side_px` it is shifted by 2 ln(64 / side_px) (Hoogeboom et al., 2023):
-               averaging over cells of side_px / 64 pixels takes that much of the noise away.
+    Cosine     abar = cos^2(pi t / 2), lambda = -2 ln tan(pi t / 2) (Nichol and Dhariwal, 2021).
+               `shifted` by 2 ln(64 / side) for an image of `side` pixels (Hoogeboom et al., 2023):
+               means over cells of side / 64 pixels have that much less noise.
     Linear     beta from 1e-4 to 0.02 in 1000 steps (Ho et al., 2020), in continuous time (Song et
                al., 2021, VP-SDE): ln abar = -t^2 (b1 - b0) / 2 - t b0, b0 = 0.1, b1 = 20.
     Uniform    lambda falls linearly, over a range in which every octave goes from clean to
@@ -31,8 +31,11 @@ REFERENCE_PX = 64
 class Schedule(Protocol):
     """The log-SNR as a falling function of time, cut to [low, high]."""
 
-    low: float
-    high: float
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
 
     def log_snr(self, time: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """The log-SNR at times in [0, 1]; low at 1, high at 0."""

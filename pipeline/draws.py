@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64, UInt16, UInt32
 
+from model.design.points import first_of_each
 from model.haar import slope_detail
+from model.mollifier import mollify
 from pipeline.packfile import ABSENT
 
 
@@ -19,30 +21,42 @@ class RegionLevels:
     """Sums over the cells of every level 0 ... coarse of one region, and which cells are wholly
     valid.
 
-    sums[l]: channels-last integers; a cell's mean is sums[l] / 4^l.
+    sums[l]: channels-last integers; a cell's mean is sums[l] / (4^l unit). unit: steps of a pixel
+    value; 1 for pixels as they are, more for what is between them.
     """
 
     sums: list[UInt32[np.ndarray, "_ _ c"]]
     valid: list[Bool[np.ndarray, "_ _"]]
+    unit: int = 1
 
     @classmethod
     def of(
-        cls, pixels: np.ndarray, valid: Bool[np.ndarray, "h w"], coarse_level: int
+        cls,
+        pixels: np.ndarray,
+        valid: Bool[np.ndarray, "h w"],
+        coarse_level: int,
+        mollifier_sigma_px: float = 0.0,
+        unit: int = 1,
     ) -> "RegionLevels":
         """Levels of channel-first uint8 or uint16 pixels; sides must be multiples of
-        2^coarse_level.
+        2^coarse_level. Mollified pixels are kept in steps of 1 / `unit`.
         """
-        sums = [np.ascontiguousarray(pixels.transpose(1, 2, 0)).astype(np.uint32)]
+        image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        if mollifier_sigma_px:
+            smooth = mollify(image.astype(np.float32), mollifier_sigma_px, valid)
+            sums = [np.rint(smooth * unit).astype(np.uint32)]
+        else:
+            sums, unit = [image.astype(np.uint32)], 1
         masks = [valid]
         for _ in range(coarse_level):
             fine, mask = sums[-1], masks[-1]
             sums.append(fine[::2, ::2] + fine[::2, 1::2] + fine[1::2, ::2] + fine[1::2, 1::2])
             masks.append(mask[::2, ::2] & mask[::2, 1::2] & mask[1::2, ::2] & mask[1::2, 1::2])
-        return cls(sums, masks)
+        return cls(sums, masks, unit)
 
     def means(self, level: int) -> Float64[np.ndarray, "h w c"]:
         """Area means of one level, in pixel values."""
-        return self.sums[level] / 4.0**level
+        return self.sums[level] / (4.0**level * self.unit)
 
     def fixed_point(
         self, level: int, corner: tuple[int, int], shape: tuple[int, int], scale: int
@@ -56,8 +70,7 @@ class RegionLevels:
         top, left, bottom, right = max(y, 0), max(x, 0), min(y + height, h), min(x + width, w)
         if top >= bottom or left >= right:
             return out
-        inside = values[top:bottom, left:right] * (scale / 4.0**level)
-        fixed = np.minimum(np.rint(inside), ABSENT - 1).astype(np.uint16)
+        fixed = self._fixed(values[top:bottom, left:right], level, scale)
         fixed[~self.valid[level][top:bottom, left:right]] = ABSENT
         out[top - y : bottom - y, left - x : right - x] = fixed
         return out
@@ -77,6 +90,28 @@ class RegionLevels:
                 for chain in origins
             ]
         )
+
+    def cells(self, cells: Int64[np.ndarray, "n 3"], scale: int) -> UInt16[np.ndarray, "n c"]:
+        """Means x scale of scattered cells (level, y, x); `ABSENT` where one lies outside, is not
+        wholly valid or has come before.
+        """
+        out = np.full((len(cells), self.sums[0].shape[-1]), ABSENT, np.uint16)
+        once = first_of_each(cells)
+        for level in np.unique(cells[:, 0]).tolist():
+            height, width = self.valid[level].shape
+            y, x = cells[:, 1], cells[:, 2]
+            here = once & (cells[:, 0] == level)
+            here &= (y >= 0) & (x >= 0) & (y < height) & (x < width)
+            place = np.flatnonzero(here)
+            place = place[self.valid[level][y[place], x[place]]]
+            out[place] = self._fixed(self.sums[level][y[place], x[place]], level, scale)
+        return out
+
+    def _fixed(
+        self, sums: UInt32[np.ndarray, "*n c"], level: int, scale: int
+    ) -> UInt16[np.ndarray, "*n c"]:
+        values = sums * (scale / (4.0**level * self.unit))
+        return np.minimum(np.rint(values), ABSENT - 1).astype(np.uint16)
 
     def lattice(self, scale: int) -> UInt16[np.ndarray, "hl wl c"]:
         """The whole coarse level, fixed point."""
@@ -108,7 +143,7 @@ class Moments:
         """Moments of one region; details finer than a block are measured on its central block."""
         coarse = len(levels.sums) - 1
         # Pixel moments from every second pixel each way: a quarter of 4096^2 is plenty.
-        pixels = levels.sums[0][::2, ::2][levels.valid[0][::2, ::2]].astype(np.float64)
+        pixels = levels.sums[0][::2, ::2][levels.valid[0][::2, ::2]] / float(levels.unit)
         details, residuals = [], []
         for level in range(coarse):
             fine, parents, valid = _central(levels, level, block)
@@ -188,8 +223,10 @@ def _central(
     h, w = levels.valid[level + 1].shape
     side_y, side_x = min(h, block // 2), min(w, block // 2)
     y, x = (h - side_y) // 2, (w - side_x) // 2
-    parents = levels.sums[level + 1][y : y + side_y, x : x + side_x] / 4.0 ** (level + 1)
-    fine = levels.sums[level][2 * y : 2 * (y + side_y), 2 * x : 2 * (x + side_x)] / 4.0**level
+    parents = levels.sums[level + 1][y : y + side_y, x : x + side_x] / 4.0
+    fine = levels.sums[level][2 * y : 2 * (y + side_y), 2 * x : 2 * (x + side_x)]
+    share = 4.0**level * levels.unit
+    fine, parents = fine / share, parents / share
     return fine, parents, levels.valid[level + 1][y : y + side_y, x : x + side_x]
 
 

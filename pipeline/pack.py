@@ -13,13 +13,14 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 import webdataset
 
-from model.design import Design, Extent, make_design
+from model.design import Design, Extent, PointDesign, make_design
+from model.mollifier import gaussian_taps
 from pipeline import console
 from pipeline.draws import Energy, Moments, RegionLevels
 from pipeline.packfile import (
@@ -60,11 +61,15 @@ class Pack:
     """Draws of each region, or auto: enough to score every pixel once, within --size-gb."""
     size_gb: float = 4.0
     """Most that auto may write, in GB."""
-    design: str = "zoom"
-    """Which cells are drawn; zoom is the coarse lattice and chains of nested windows, patch (for
-    --preset patch of jobs.train) one embedded tile of pixels a draw."""
+    design: Literal["zoom", "uniform", "mixed", "sobol", "patch"] = "zoom"
+    """Which cells are drawn. zoom is the coarse lattice and chains of nested windows; uniform (for
+    --preset paper of jobs.train) random pixels, sobol more evenly spread ones, mixed half of them
+    and windows; patch (for --preset patch) one embedded tile of pixels a draw."""
+    mollifier: float = 0.0
+    """Deviation in pixels of the Gaussian that smooths a region before the draw; --preset paper
+    takes 1."""
     window: int | None = None
-    """Side of a window in cells; by default 48 for zoom and 256 for patch."""
+    """Side of a window in cells; by default 48 for zoom, 16 for mixed and 256 for patch."""
     halo: int | None = None
     """Cells at a window's rim that are not scored; for zoom at least the denoiser's halo, 6."""
     coarse_level: int = 5
@@ -100,6 +105,7 @@ def make_plan(options: Pack) -> Plan:
         window=options.window,
         halo=options.halo,
     )
+    gaussian_taps(options.mollifier)
     store = Store.open(options.store)
     regions = store.regions()
     if not regions:
@@ -112,7 +118,7 @@ def make_plan(options: Pack) -> Plan:
             "ingest with a --region that does"
         )
     extent = Extent(side, side)
-    chains, levels = design.shape(extent)
+    drawn = design.num_drawn(extent)
     key = store.resolve_encoder(options.encoder)
     regions, lattices, token_values = _drawable(store, key, regions, design)
     if not any(region.split == "train" for region in regions):
@@ -121,7 +127,7 @@ def make_plan(options: Pack) -> Plan:
             "train split; ingest with a split that leaves some to learn from"
         )
     channels = len(store.spec.bands)
-    pack_bytes = 2 * channels * chains * levels * design.window**2
+    pack_bytes = 2 * channels * drawn
     lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
     fixed_bytes = 2 * token_values + lattice_bytes + 4096
     wanted = design.draws_to_cover(extent)
@@ -145,6 +151,7 @@ def make_plan(options: Pack) -> Plan:
         spacing=store.spec.spacing,
         bands=store.spec.bands,
         dtype=store.spec.dtype,
+        mollifier_sigma_px=options.mollifier,
         classes=tuple(sorted({labels[image] for image in trained & set(labels)})),
     )
     return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes, labels)
@@ -204,12 +211,11 @@ def pack(options: Pack) -> int:
     settings = plan.settings
     total = plan.region_bytes * len(plan.regions)
     design, extent = settings.make_design(), Extent(settings.side_px, settings.side_px)
-    chains, levels = design.shape(extent)
     missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
     console.say_plan(
         f"pack: {len(plan.regions)} regions of {settings.side_px} px, "
         f"{settings.packs_per_region} draws each, {design.num_values(extent)} values a draw "
-        f"({chains * levels} windows of {design.window}x{design.window}), "
+        f"({design.describe(extent)}), "
         f"tokens of {settings.encoder_key} at "
         f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {console.size(total)} "
         f"in {len(plan.shards)} shards",
@@ -294,7 +300,13 @@ def _sample(
     valid = np.ones((side, side), bool)
     if store.mask_kind(region.image) == "valid":
         valid = store.mask(region.image, region.y, region.x, side, side)
-    levels = RegionLevels.of(pixels, valid, settings.coarse_level)
+    levels = RegionLevels.of(
+        pixels,
+        valid,
+        settings.coarse_level,
+        settings.mollifier_sigma_px,
+        settings.value_scale,
+    )
     wanted = {footprint for footprint, _, _ in settings.lattices}
     lattices = sorted(
         (t for t in store.region_tokens(settings.encoder_key, region) if t.footprint_px in wanted),
@@ -312,9 +324,13 @@ def _sample(
     design = settings.make_design()
     extent = extent_of(side, lattices[0].footprint_px, first_px[0], coarse)
     for number in range(settings.packs_per_region):
-        origins = design.draw(extent, (settings.seed, region.index, number))
-        windows = levels.windows(origins, design.window, settings.value_scale)
-        sample[_pack_name(number)] = windows.tobytes()
+        draw_key = (settings.seed, region.index, number)
+        if isinstance(design, PointDesign):
+            values = levels.cells(design.cells(extent, draw_key), settings.value_scale)
+        else:
+            origins = design.draw(extent, draw_key)
+            values = levels.windows(origins, design.window, settings.value_scale)
+        sample[_pack_name(number)] = values.tobytes()
     return sample, first_px, _measure(levels, tokens)
 
 

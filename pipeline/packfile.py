@@ -3,8 +3,8 @@
 One sample of a shard is one region: `KEY.json` (place, valid fraction, label), `KEY.tokens.npy`
 (once, not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`,
 `KEY.p01.bin` ..., one draw each: the values of its windows in the order (chain, level, y, x,
-channel). KEY is an integer. Any WebDataset reader can stream a shard; random access takes two
-ranges of it through the index.
+channel), or of its scattered cells in the order of the design. KEY is an integer. Any WebDataset
+reader can stream a shard; random access takes two ranges of it through the index.
 
 Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
 are kept to 1/256 of a grey level. 65,535 marks a cell that is absent: outside the image, or not
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt16
 
-from model.design import Design, Extent, make_design
+from model.design import Design, Extent, PointDesign, make_design
 from pipeline.embeddings import TokenLattice
 
 ABSENT = 65_535
@@ -55,6 +55,7 @@ class PackSettings:
     spacing: float
     bands: tuple[str, ...]
     dtype: str
+    mollifier_sigma_px: float = 0.0
     classes: tuple[str, ...] = ()
 
     def make_design(self) -> Design:
@@ -133,12 +134,24 @@ def extent_of(
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnWindows:
     """One draw of a region: fixed-point values, and where its windows lie."""
 
     lattice: UInt16[np.ndarray, "hl wl c"]
     windows: UInt16[np.ndarray, "chains levels w w c"]
     origins: Int64[np.ndarray, "chains levels 2"]
+
+
+@dataclass(frozen=True)
+class DrawnPoints:
+    """One draw of a region: fixed-point values of scattered cells (level, y, x)."""
+
+    lattice: UInt16[np.ndarray, "hl wl c"]
+    values: UInt16[np.ndarray, "n c"]
+    cells: Int64[np.ndarray, "n 3"]
+
+
+Drawn = DrawnWindows | DrawnPoints
 
 
 class PackSet:
@@ -192,14 +205,18 @@ class PackSet:
         return np.load(io.BytesIO(self._range(entry, 1)))
 
     def draw(self, entry: RegionEntry, pack: int) -> Drawn:
-        """One draw; where its windows lie is computed again."""
+        """One draw; where its windows or cells lie is computed again."""
         settings, lattice = self.settings, self.lattice(entry)
         extent = extent_of(settings.side_px, settings.lattices[0][0], entry.first_px[0], lattice)
-        origins = self.design.draw(extent, (settings.seed, entry.key, pack))
-        window = self.design.window
+        key, channels = (settings.seed, entry.key, pack), len(settings.bands)
         values = np.frombuffer(self._range(entry, 2 + pack), np.uint16)
-        shape = (*origins.shape[:2], window, window, len(settings.bands))
-        return Drawn(lattice, values.reshape(shape), origins)
+        if isinstance(self.design, PointDesign):
+            cells = self.design.cells(extent, key)
+            return DrawnPoints(lattice, values.reshape(-1, channels), cells)
+        origins = self.design.draw(extent, key)
+        window = self.design.window
+        shape = (*origins.shape[:2], window, window, channels)
+        return DrawnWindows(lattice, values.reshape(shape), origins)
 
     def _range(self, entry: RegionEntry, member: int) -> bytes:
         start, length = entry.offsets[member]

@@ -92,4 +92,6 @@ def draw_of(image: Float[Tensor, "b h w c"], design: ZoomDesign, seed: int = 0) 
         return torch.stack(parts, dim=1).unflatten(0, origins.shape[:2])
 
     present = [torch.ones_like(level[..., :1]) for level in levels]
-    return WindowDraw(levels[-1], present[-1].bool(), windows(levels), windows(present).bool(), origins)
+    return WindowDraw(
+        levels[-1], present[-1].bool(), windows(levels), windows(present).bool(), origins
+    )

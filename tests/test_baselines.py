@@ -241,7 +241,9 @@ def draw(batch: int) -> WindowDraw:
 
 
 def part(whole_draw: WindowDraw, i: int) -> WindowDraw:
-    return WindowDraw(*(getattr(whole_draw, f.name)[i : i + 1] for f in dataclasses.fields(WindowDraw)))
+    return WindowDraw(
+        *(getattr(whole_draw, f.name)[i : i + 1] for f in dataclasses.fields(WindowDraw))
+    )
 
 
 def test_the_process_covers_every_octave_of_a_patch_from_drowned_to_clean() -> None:

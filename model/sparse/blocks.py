@@ -12,7 +12,7 @@ from model.attention import Tokens
 from model.blocks import ModulatedMlp, zero_linear
 from model.coarse import make_unet, unet_time
 from model.operator_attention import AttentionSums, SelfAttentionOperator
-from model.point_attention import make_point_attention
+from model.point_attention import PointAttention, make_point_attention
 from model.sparse.config import SparseConfig
 from model.sparse.support import Support
 
@@ -47,7 +47,8 @@ class PointBlock(nn.Module):
     def __init__(self, config: SparseConfig) -> None:
         super().__init__()
         self.local = SparseConv(config.width, config.kernel, config.embedding_width)
-        self.condition = self.each_other = None
+        self.condition: PointAttention | None = None
+        self.each_other: SelfAttentionOperator | None = None
         if config.cross_attention != "none":
             self.condition = make_point_attention(
                 config.cross_attention,
@@ -77,7 +78,7 @@ class PointBlock(nn.Module):
             else:
                 counted = x[inner], points.take(inner), weights[inner]
                 sums = yield self.each_other.accumulate(*counted)
-            x = self.each_other.apply(x, points, sums)
+            x = self.each_other.attend(x, points, sums)
         return x
 
 

@@ -22,15 +22,18 @@ from torch import Tensor, nn
 
 from model.attention import Condition, TokenEncoder, Tokens
 from model.blocks import LevelEmbedding, zero_linear
+from model.mollified import MollifiedNoise
+from model.noise import NoiseTree
 from model.operator_attention import AttentionSums
 from model.operators.contract import Backend
 from model.points import Points
 from model.process import Octaves
 from model.resample import Splat, interpolate
+from model.schedule import make_schedule
 from model.sparse.blocks import LatticeNet, PointBlock
 from model.sparse.config import SparseConfig
 from model.sparse.support import PointSupport, Support
-from model.targets import make_target
+from model.targets import Level, make_target
 from model.wiener import wiener
 
 Part = AttentionSums | Splat
@@ -71,7 +74,11 @@ class SparseOperatorDenoiser(nn.Module):
         super().__init__()
         self.config, self.octaves, self.backend = config, octaves, backend
         self.target = make_target(config.target)
-        self.tokens = TokenEncoder(config.token_dim, config.token_width)
+        self.schedule = make_schedule(config.schedule, octaves)
+        self.noise = make_noise(config, octaves)
+        self.tokens = TokenEncoder(
+            config.token_dim, config.token_width, config.classes, config.vector_dim
+        )
         self.embedding = LevelEmbedding(config.embedding_width)
         self.observe = nn.Linear(config.channels, config.width)
         self.scale = nn.Embedding(config.coarse_level + 1, config.width)
@@ -122,7 +129,7 @@ class SparseOperatorDenoiser(nn.Module):
 
     def run(self, u: Float[Tensor, "n c"], support: Support, evaluation: Evaluation) -> Forward:
         """The forward over some points of an image, as a coroutine (see the module)."""
-        config, level = self.config, self.config.coarse_level
+        level = self.config.coarse_level
         encoded = evaluation.embedding, evaluation.tokens
         x = self.observe(u) + self.scale(support.points.level)
         skips = []
@@ -135,6 +142,32 @@ class SparseOperatorDenoiser(nn.Module):
             x = merge(torch.cat([x, skips.pop()], dim=-1))
             x = yield from block(x, support, *encoded)
         return self.head(self.norm(x))
+
+    def wanted(
+        self,
+        truth: Float[Tensor, "n c"],
+        noise: Float[Tensor, "n c"],
+        points: Points,
+        log_snr: Float[Tensor, " b"],
+    ) -> Float[Tensor, "n c"]:
+        """What the network should give at points."""
+        return self.target.of(truth, noise, self.level_at(points, log_snr))
+
+    def estimate(
+        self,
+        out: Float[Tensor, "n c"],
+        u: Float[Tensor, "n c"],
+        points: Points,
+        log_snr: Float[Tensor, " b"],
+    ) -> Float[Tensor, "n c"]:
+        """x0_hat from what the network gave."""
+        return self.target.estimate(out, u, self.level_at(points, log_snr))
+
+    def level_at(self, points: Points, log_snr: Float[Tensor, " b"]) -> Level:
+        """The noise level of points, whose cells may be of several sizes."""
+        variances = [self.octaves.variances(level) for level in range(self.config.coarse_level)]
+        signal, noise = torch.tensor(variances).to(log_snr)[points.level].unbind(dim=-1)
+        return Level(log_snr[points.image, None], signal[:, None], noise[:, None])
 
     def complete(self, total: Part, evaluation: Evaluation) -> Any:
         """What the sum of all contributions comes to: what `run` is sent."""
@@ -168,6 +201,13 @@ class SparseOperatorDenoiser(nn.Module):
         )
         index = torch.arange(b, device=like.device)
         return tokens.at(index, ys.expand(b, -1), xs.expand(b, -1))
+
+
+def make_noise(config: SparseConfig, octaves: Octaves) -> NoiseTree | MollifiedNoise:
+    """The process's noise: of the octaves' spectrum, smoothed where data are."""
+    tree = NoiseTree(octaves.noise, config.channels)
+    sigma = config.mollifier_sigma_px
+    return MollifiedNoise(tree, sigma) if sigma else tree
 
 
 def pooled(condition: Condition) -> Condition:

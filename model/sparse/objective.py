@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from model.attention import Condition
 from model.draw import PointDraw
 from model.lattice import Box
-from model.noise import philox_4x32
-from model.schedule import make_schedule
+from model.philox import philox_4x32
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
-from model.targets import make_weight
+from model.targets import loss_weight
 
 KEEP_STREAM = 0xFEA7
 
@@ -29,7 +28,6 @@ class SparseObjective(nn.Module):
     def __init__(self, denoiser: SparseOperatorDenoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.weight = make_weight(denoiser.config.weight)
 
     def forward(
         self,
@@ -51,7 +49,9 @@ class SparseObjective(nn.Module):
         evaluation = denoiser.prepare(condition, log_snr, means, self._keep(seeds))
         out = denoiser(u, denoiser.support(points), evaluation)
         wanted = denoiser.wanted(truth, noise, points, log_snr)
-        error = (out - wanted).square().mean(dim=-1) * self.weight(log_snr)[points.image]
+        level = denoiser.level_at(points, log_snr)
+        weight = loss_weight(denoiser.config.weight, denoiser.target, denoiser.schedule, level)
+        error = ((out - wanted).square() * weight).mean(dim=-1)
         # Over the points that a draw has, absent ones too: every point counts alike, and the
         # loss of a batch is the mean of those of its parts, however ranks share it.
         most = torch.bincount(draw.cells[..., 0].flatten())

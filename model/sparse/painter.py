@@ -21,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.attention import Condition
+from model.design import Extent
+from model.design.points import uniform_pixels
 from model.generate import Field, area_means
 from model.lattice import Box, tiles
 from model.points import Points
@@ -29,6 +31,7 @@ from model.sparse.denoiser import Evaluation, Means, Part, SparseOperatorDenoise
 from model.sparse.support import Support, TileSupport
 
 READ_PX = 1024
+SUBSET_KEY = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,11 @@ class SparsePainter:
         subset = self._subset(field)
         while len(sums) < self.denoiser.num_sums:
             if subset is not None:
-                points, values = subset
-                total = self._go(values, self.denoiser.support(points), evaluation, sums)
+                values, support = subset
+                total = self._go(values, support, evaluation, sums)
             else:
                 total = self._sum_of_tiles(field, evaluation, sums)
+            assert not isinstance(total, Tensor)
             sums.append(self.denoiser.complete(total, evaluation))
         return sums
 
@@ -157,8 +161,8 @@ class SparsePainter:
     def _subsets(self) -> dict[tuple[int, int], Points]:
         return {}
 
-    def _subset(self, field: Field) -> tuple[Points, Float[Tensor, "n c"]] | None:
-        """The keyed subset of the field's pixels and u_t there; None where all are summed."""
+    def _subset(self, field: Field) -> tuple[Float[Tensor, "n c"], Support] | None:
+        """u_t at the keyed subset of the field's pixels; None where all are summed."""
         if self.denoiser.config.sums == "all":
             return None
         _, height, width = field.shape
@@ -173,7 +177,7 @@ class SparsePainter:
             values[inside] = field.read(box)[
                 :, points.y[inside] - box.y, points.x[inside] - box.x
             ].T
-        return points.to(like.device), values.to(like)
+        return values.to(like), self.denoiser.support(points.to(like.device))
 
     def _means(self, field: Field, log_snr: float) -> Means:
         like = next(self.denoiser.parameters())
@@ -187,9 +191,9 @@ def keyed_subset(height: int, width: int, density: float) -> Points:
     """`density` times the pixels of an image, uniformly, always the same."""
     size = torch.tensor([[height, width]])
     number = max(round(density * height * width), 1)
-    cells = torch.from_numpy(draw_pixels(height, width, number, SUBSET_KEY))
+    cells = torch.from_numpy(uniform_pixels(Extent(height, width), number, SUBSET_KEY))
     zero = torch.zeros(number, dtype=torch.int64)
-    return Points(zero, zero, cells[:, 0], cells[:, 1], size)
+    return Points(zero, zero, cells[:, 1], cells[:, 2], size)
 
 
 def _nothing(like: Splat, height: int, width: int) -> Splat:
