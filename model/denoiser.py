@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from model.attention import Condition, TokenEncoder, look_up
+from model.attention import Condition, TokenEncoder, Tokens
 from model.blocks import LevelNet
 from model.coarse import CoarseNet
 from model.config import PyramidConfig
@@ -63,23 +63,6 @@ class Descent:
     known: Float[Tensor, "b h w c"]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A condition once encoded: all tokens to attend to, the finest lattice to look up."""
-
-    attended: Float[Tensor, "b n t"]
-    lattice: Float[Tensor, "b t gy gx"]
-    condition: Condition
-
-    def at(
-        self, index: Int64[Tensor, " n"], y_px: Float[Tensor, "n h"], x_px: Float[Tensor, "n w"]
-    ) -> Float[Tensor, "n h w t"]:
-        """Tokens of the images `index` at cells with these centres."""
-        first = self.condition.centres_px[index, 0]
-        pitch = self.condition.footprints_px[index, 0]
-        return look_up(self.lattice[index], first, pitch, y_px, x_px)
-
-
 def crop(
     values: Float[Tensor, "b h w c"],
     index: Int64[Tensor, " n"],
@@ -113,7 +96,7 @@ class PyramidDenoiser(nn.Module):
             )
         self.config = config
         self.octaves = octaves
-        self.tokens = TokenEncoder(config.token_dim, config.token_width)
+        self.tokens = TokenEncoder(config.token_dim, config.token_width, config.classes)
         self.coarse = CoarseNet(config)
         parents = (config.lattice_width, *config.widths)
         self.levels = nn.ModuleList(

@@ -4,16 +4,20 @@ import dataclasses
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
-from chain import Chain, ingest_arguments, pack_arguments, succeed
+from chain import Chain, ingest_arguments, pack_arguments, succeed, train_arguments
+from processes import run
 from test_data import equal
 
+import jobs.sample
 import pipeline.ingest
 import pipeline.pack
 from conditioning.tokens import with_labels
 from jobs.data import Batches
+from jobs.run import Run
 from model.attention import Condition
 from pipeline.packfile import PackSet
 from pipeline.store import Store
@@ -121,3 +125,24 @@ def test_a_class_that_was_not_trained_is_none(chain: Chain) -> None:
     assert made.keep_label.tolist() == [True, False, False, False]
     assert made.labels.tolist()[0] == 1
     assert with_labels(given, (), names, [True] * 4) is given
+
+
+def test_an_image_is_painted_as_the_class_it_is_asked_for(
+    labelled: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default as its region's own; a class that the run does not know is a sentence."""
+    run_folder, out = tmp_path / "run", tmp_path / "out"
+    run("jobs.train", train_arguments(labelled, run_folder, 2))
+    config = Run(run_folder).config()
+    assert config.denoiser.classes == 1
+    arguments = [
+        *(str(run_folder), "--condition", str(labelled.store), "--out", str(out)),
+        *("--region", "3", "--size", "128", "--steps", "1", "--format", "zarr"),
+    ]
+    assert jobs.sample.main([*arguments, "--label", "fat"]) == 2
+    assert "--label fat is none of the run's classes, which are tumour" in capsys.readouterr().err
+    succeed(jobs.sample.main(arguments))
+    (record,) = out.glob("*.json")
+    assert json.loads(record.read_text())["identity"]["label"] == "tumour"
+    succeed(jobs.sample.main([*arguments, "--label", "tumour"]))
+    assert "is already done" in capsys.readouterr().out
