@@ -1,10 +1,10 @@
 """Every choice of a denoiser as one field of one frozen dataclass, and the presets.
 
-An ablation is one field. Two kinds: ours (`PyramidConfig`) and the opponent, patch diffusion
-(`PatchConfig`). A configuration also says which draws its denoiser learns from, in which octaves
-it sees the process and what it can paint. What a run resolved to is saved beside its weights as
-JSON and read back with `config_from_dict`, which tells the kinds apart by their keys and refuses
-keys it does not know.
+An ablation is one field. Three kinds: ours (`PyramidConfig`), the papers' (`SparseConfig`) and the
+opponent, patch diffusion (`PatchConfig`). A configuration also says which draws its denoiser
+learns from, in which octaves it sees the process and what it can paint. What a run resolved to is
+saved beside its weights as JSON and read back with `config_from_dict`, which tells the kinds apart
+by their keys and refuses keys it does not know.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,6 +13,8 @@ from typing import Any
 from model.design import Design, PatchDesign, ZoomDesign
 from model.noise import NoiseSpectrum
 from model.process import Octaves
+from model.sparse.config import PRESETS as SPARSE
+from model.sparse.config import SparseConfig
 
 PUBLISHED_OVERLAP = 0.75
 
@@ -191,7 +193,7 @@ class PatchConfig:
         return Octaves(inside, (), NoiseSpectrum(top, 0, 0.0))
 
 
-DenoiserConfig = PyramidConfig | PatchConfig
+DenoiserConfig = PyramidConfig | SparseConfig | PatchConfig
 
 PYRAMIDS: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -229,8 +231,8 @@ PATCHES: dict[str, dict[str, Any]] = {
         "unet_groups": 32,
     },
 }
-"""What a preset changes: `tiny` and `patch` train on two CPU cores, `brush` and `patch-brush` have
-the published size of 450M parameters.
+"""What a preset changes: `tiny`, `patch` and `paper-tiny` train on two CPU cores, `brush`,
+`patch-brush` and `paper` have the published size of 450M parameters.
 """
 
 
@@ -238,16 +240,23 @@ def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
     """The configuration called `name` for images and tokens of these sizes."""
     if name in PYRAMIDS:
         return replace(PyramidConfig(channels=channels, token_dim=token_dim), **PYRAMIDS[name])
+    if name in SPARSE:
+        return replace(SparseConfig(channels=channels, token_dim=token_dim), **SPARSE[name])
     if name in PATCHES:
         return replace(PatchConfig(channels=channels, token_dim=token_dim), **PATCHES[name])
-    raise ValueError(
-        f"preset {name!r} does not exist; choose one of {', '.join((*PYRAMIDS, *PATCHES))}"
-    )
+    names = ", ".join((*PYRAMIDS, *SPARSE, *PATCHES))
+    raise ValueError(f"preset {name!r} does not exist; choose one of {names}")
 
 
 def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
-    """The inverse of `dataclasses.asdict` followed by JSON; only patch diffusion has patches."""
-    kind = PatchConfig if "patch_px" in values else PyramidConfig
+    """The inverse of `dataclasses.asdict` followed by JSON; only patch diffusion has patches, and
+    only sparse operators are normalised.
+    """
+    kind: type[DenoiserConfig] = PyramidConfig
+    if "patch_px" in values:
+        kind = PatchConfig
+    elif "normalisation" in values:
+        kind = SparseConfig
     unknown = sorted(set(values) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(f"the denoiser's configuration has unknown keys {unknown}")

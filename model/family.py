@@ -1,8 +1,8 @@
-"""The two kinds of denoiser behind one seam: ours and its opponent, patch diffusion.
+"""The kinds of denoiser behind one seam: ours, the papers', and their opponent, patch diffusion.
 
 A kind is a configuration, a denoiser, an objective to train it and a painter to evaluate it over
 fields. Training and sampling meet them only here; everything else (batches, noise, engine,
-solvers, fields) is one code for both.
+solvers, fields) is one code for all.
 """
 
 from model.attention import Condition
@@ -12,15 +12,21 @@ from model.denoiser import PyramidDenoiser
 from model.generate import Painter
 from model.objective import PyramidObjective
 from model.process import Octaves
+from model.sparse.config import SparseConfig
+from model.sparse.denoiser import SparseOperatorDenoiser
+from model.sparse.objective import SparseObjective
+from model.sparse.painter import SparsePainter
 
-Denoiser = PyramidDenoiser | PatchDenoiser
-Objective = PyramidObjective | PatchObjective
+Denoiser = PyramidDenoiser | SparseOperatorDenoiser | PatchDenoiser
+Objective = PyramidObjective | SparseObjective | PatchObjective
 
 
 def make_denoiser(config: DenoiserConfig, octaves: Octaves) -> Denoiser:
     """The untrained denoiser of a configuration."""
     if isinstance(config, PyramidConfig):
         return PyramidDenoiser(config, octaves)
+    if isinstance(config, SparseConfig):
+        return SparseOperatorDenoiser(config, octaves)
     return PatchDenoiser(config, octaves)
 
 
@@ -28,6 +34,8 @@ def make_objective(denoiser: Denoiser) -> Objective:
     """What trains a denoiser: losses of a batch, fine to coarse."""
     if isinstance(denoiser, PyramidDenoiser):
         return PyramidObjective(denoiser)
+    if isinstance(denoiser, SparseOperatorDenoiser):
+        return SparseObjective(denoiser)
     return PatchObjective(denoiser)
 
 
@@ -39,12 +47,16 @@ def make_painter(
     tile: int,
     level: int,
     overlap: float | None = None,
-) -> Painter | PatchPainter:
+    density: float = 1.0,
+) -> Painter | SparsePainter | PatchPainter:
     """A denoiser with a condition, ready to be evaluated over fields of `level`.
 
-    overlap: of the windows of patch diffusion, where it is not the published one.
+    overlap: of the windows of patch diffusion, where it is not the published one. density: points
+    a pixel of the draws that sparse operators were trained on.
     """
     if isinstance(denoiser, PyramidDenoiser):
         return Painter(denoiser, condition, guidance, tile, level)
+    if isinstance(denoiser, SparseOperatorDenoiser):
+        return SparsePainter(denoiser, condition, guidance, tile, density)
     window = PUBLISHED_OVERLAP if overlap is None else overlap
     return PatchPainter(denoiser, condition, guidance, tile, window)

@@ -16,6 +16,7 @@ loss. The sum over levels of the mean loss at each is Theorem 1's norm C^{-1/2} 
 A pyramid's lattice holds several octaves, whose linear estimate is better (see `wiener`).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,7 @@ class Octaves:
             self.noise.mean_variance(top) if level == top else self.noise.detail_variance(level)
         )
         signal = self.signal[level] if level >= self.coarse_level else self.residual[level]
-        return float(torch.log(torch.tensor(max(signal, _LEAST_VARIANCE) / noise)))
+        return math.log(max(signal, _LEAST_VARIANCE) / noise)
 
     def lattice_error(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Variance of the error of the lattice's linear estimate (see `wiener`): the sum of S N /

@@ -112,7 +112,8 @@ class SparseOperatorDenoiser(nn.Module):
             raise ValueError("this denoiser reads the area means of u_t; give them")
         if self.config.tokens == "one":
             condition = pooled(condition)
-        tokens = Tokens(*self.tokens(condition), condition)
+        attended, lattice = self.tokens(condition)
+        tokens = Tokens(attended, lattice, condition)
         return Evaluation(log_snr, self.embedding(log_snr), tokens, means, keep_features)
 
     def forward(
