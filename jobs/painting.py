@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from model.family import Denoiser
+from model.family import Denoiser, noise_of, schedule_of
 from model.generate import ArrayField, Estimator, Trajectory, advance, finish, start
-from model.noise import NoiseTree
-from model.solver import DDIM, DPMSolverPP2M, Solver, uniform_steps
+from model.solver import DDIM, DPMSolverPP2M, Solver, steps_through
 from pipeline import console
 
 SOLVERS: dict[str, type[DDIM] | type[DPMSolverPP2M]] = {"ddim": DDIM, "dpm++2m": DPMSolverPP2M}
@@ -71,20 +70,19 @@ def paint(
     memory: list[ArrayField] | list[None] = [None, None]
     if solver.remembers:
         memory = [_field(work, name, shape) for name in ("estimate0", "estimate1")]
-    low, high = denoiser.octaves.log_snr_range()
-    steps = uniform_steps(low, high, max(recipe.steps - 1, 1))
+    steps = steps_through(schedule_of(denoiser), max(recipe.steps - 1, 1))
+    first, last = steps[0].now, steps[-1].after
     done, seconds_before = _done(work, recipe)
     started = time.monotonic()
     if done == 0:
-        tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
-        start(fields[0], tree, recipe.seed, low, level=recipe.level)
+        start(fields[0], noise_of(denoiser), recipe.seed, first, level=recipe.level)
     for number in range(done, recipe.steps):
         here, there = number % 2, (number + 1) % 2
         state = Trajectory(fields[here], fields[there], memory[here], memory[there])
         if number + 1 < recipe.steps:
             advance(painter, solver, steps[number], state, partial(report, number))
         else:
-            finish(painter, high if number else low, state, partial(report, number))
+            finish(painter, last if number else first, state, partial(report, number))
         _mark(work, recipe, number + 1, seconds_before + time.monotonic() - started)
     return fields[recipe.steps % 2]
 

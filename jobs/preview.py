@@ -33,8 +33,11 @@ def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> 
     condition = to_condition([tokens], config.token_scale(), [True])
     condition = with_labels(condition, config.packs.classes, [entry.label], [True]).to(device)
     denoiser = run.load_denoiser(device=device)
+    density = config.packs.points / config.packs.side_px**2
     recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=level)
-    painter = make_painter(denoiser, condition, guidance=1.0, tile=side, level=level)
+    painter = make_painter(
+        denoiser, condition, guidance=1.0, tile=side, level=level, density=density
+    )
     painted = config.statistics.to_pixels(
         paint(denoiser, painter, recipe).array.transpose(1, 2, 0)
     )

@@ -332,6 +332,7 @@ def _paint(
         tile=plan.tile,
         level=recipe.level,
         overlap=recipe.overlap,
+        density=plan.config.packs.points / plan.config.packs.side_px**2,
     )
     cells = recipe.height * recipe.width
     with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:

@@ -22,7 +22,7 @@ from jobs.engine import Ranks, build, from_first_rank, joined
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, RunState
 from jobs.run import Run, RunConfig, SupersededError
-from model.config import PyramidConfig, preset
+from model.config import PyramidConfig, SparseConfig, preset
 from model.family import Denoiser, make_denoiser, make_objective
 from pipeline import console
 from pipeline.packfile import PackSet
@@ -91,9 +91,11 @@ def make_config(options: Train, packs: PackSet) -> RunConfig:
         channels=len(settings.bands),
         token_dim=len(statistics.token_mean),
     )
-    if isinstance(denoiser, PyramidConfig):
+    if isinstance(denoiser, PyramidConfig | SparseConfig):
         denoiser = replace(denoiser, classes=len(settings.classes))
-    denoiser.check_design(packs.design)
+    if isinstance(denoiser, SparseConfig):
+        denoiser = replace(denoiser, coarse_level=settings.coarse_level)
+    denoiser.check_design(packs.design, settings.mollifier_sigma_px)
     free = {"packs", "run", "max_minutes", "save_every", "log_every", "dry_run"}
     training = {k: v for k, v in asdict(options).items() if k not in free}
     octaves = denoiser.octaves(statistics.signal, statistics.residual, options.noise_floor)

@@ -95,7 +95,8 @@ class LevelNet(nn.Module):
         self.film = zero_linear(embedding_width, 2 * width)
         self.token_film = zero_linear(token_width, 2 * width) if token_width else None
         self.blocks = nn.ModuleList(LocalBlock(width, kernel) for _ in range(blocks))
-        self.head = zero_linear(width, channels)
+        # Without a bias, which details do not have.
+        self.head = zero_linear(width, channels, bias=False)
         self.gain = zero_linear(width, channels)
 
     def forward(
@@ -121,9 +122,9 @@ class LevelNet(nn.Module):
         return detail(self.head(x) + self.gain(x) * own), x
 
 
-def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+def zero_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     """A linear layer that starts at zero: its branch is absent until it has learned something."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer

@@ -14,7 +14,7 @@ from model.design import Design, PatchDesign, ZoomDesign
 from model.noise import NoiseSpectrum
 from model.process import Octaves
 from model.sparse.config import PRESETS as SPARSE
-from model.sparse.config import SparseConfig
+from model.sparse.config import SparseConfig, check_mollifier
 
 PUBLISHED_OVERLAP = 0.75
 
@@ -87,8 +87,9 @@ class PyramidConfig:
                 "windows that overlap; leave --overlap out"
             )
 
-    def check_design(self, design: Design) -> None:
+    def check_design(self, design: Design, mollifier_sigma_px: float = 0.0) -> None:
         """A `ValueError` when the draws of `design` cannot train this denoiser."""
+        check_mollifier(mollifier_sigma_px, 0.0)
         if not isinstance(design, ZoomDesign) or (
             design.coarse_level != self.coarse_level or design.halo < self.halo
         ):
@@ -171,8 +172,9 @@ class PatchConfig:
             raise ValueError(f"--overlap takes a part of a window in [0, 1), not {overlap:g}")
         return overlap
 
-    def check_design(self, design: Design) -> None:
+    def check_design(self, design: Design, mollifier_sigma_px: float = 0.0) -> None:
         """A `ValueError` when the draws of `design` cannot train this denoiser."""
+        check_mollifier(mollifier_sigma_px, 0.0)
         if not isinstance(design, PatchDesign) or design.window != self.patch_px:
             raise ValueError(
                 f"this preset needs --design patch --window {self.patch_px}, the packs were drawn "

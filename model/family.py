@@ -10,8 +10,11 @@ from model.baselines import PatchDenoiser, PatchObjective, PatchPainter
 from model.config import PUBLISHED_OVERLAP, DenoiserConfig, PyramidConfig
 from model.denoiser import PyramidDenoiser
 from model.generate import Painter
+from model.mollified import MollifiedNoise
+from model.noise import NoiseTree
 from model.objective import PyramidObjective
 from model.process import Octaves
+from model.schedule import Schedule, Uniform
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
@@ -37,6 +40,20 @@ def make_objective(denoiser: Denoiser) -> Objective:
     if isinstance(denoiser, SparseOperatorDenoiser):
         return SparseObjective(denoiser)
     return PatchObjective(denoiser)
+
+
+def schedule_of(denoiser: Denoiser) -> Schedule:
+    """The schedule that sampling follows: its own, or log-SNR from drowned to clean."""
+    if isinstance(denoiser, SparseOperatorDenoiser):
+        return denoiser.schedule
+    return Uniform(*denoiser.octaves.log_snr_range())
+
+
+def noise_of(denoiser: Denoiser) -> NoiseTree | MollifiedNoise:
+    """The noise of a denoiser's process."""
+    if isinstance(denoiser, SparseOperatorDenoiser):
+        return denoiser.noise
+    return NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
 
 
 def make_painter(

@@ -24,6 +24,7 @@ from torch import Tensor
 from model.attention import Condition
 from model.denoiser import Layer, PyramidDenoiser, Tokens
 from model.lattice import Box, tiles
+from model.mollified import MollifiedNoise
 from model.noise import NoiseTree
 from model.solver import Solver, Step
 
@@ -252,7 +253,13 @@ def _pool(values: Float[Tensor, "1 h w c"]) -> Float[Tensor, "1 h2 w2 c"]:
 
 
 def start(
-    field: Field, tree: NoiseTree, seed: int, log_snr: float, *, level: int = 0, tile: int = 512
+    field: Field,
+    tree: NoiseTree | MollifiedNoise,
+    seed: int,
+    log_snr: float,
+    *,
+    level: int = 0,
+    tile: int = 512,
 ) -> None:
     """Write u at the first log-SNR, where nothing of u_0 is left: sqrt(1 - abar) times the keyed
     noise.

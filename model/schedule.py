@@ -14,7 +14,7 @@ that a schedule decides how much of either each octave gets (see `process.Octave
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ STEPS = 1000
 REFERENCE_PX = 64
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """The log-SNR as a falling function of time, cut to [low, high]."""
 

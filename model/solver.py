@@ -14,8 +14,11 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from model.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,13 @@ class DPMSolverPP2M:
         return _exponential_step(u, estimate, step)
 
 
-def uniform_steps(low: float, high: float, steps: int) -> list[Step]:
-    """`steps` steps, uniform in log-SNR, from `low` to `high`; u at `high` is still to be denoised
-    once more.
+def steps_through(schedule: Schedule, steps: int) -> list[Step]:
+    """`steps` steps, uniform in the schedule's time, from noise to image; u at the last log-SNR is
+    still to be denoised once more.
     """
     if steps < 1:
         raise ValueError(f"a trajectory needs at least one step, but {steps} were asked for")
-    grid = [low + (high - low) * i / steps for i in range(steps + 1)]
+    times = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    grid: list[float] = schedule.log_snr(times).tolist()
     before: list[float | None] = [None, *grid[:-2]]
     return [Step(b, now, after) for b, now, after in zip(before, grid[:-1], grid[1:], strict=True)]

@@ -25,7 +25,7 @@ A *weight* multiplies the squared error of the target:
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -59,6 +59,7 @@ class Level:
         return torch.sigmoid(-self.log_snr).sqrt()
 
 
+@runtime_checkable
 class Target(Protocol):
     """One parametrisation of the estimate of u_0."""
 

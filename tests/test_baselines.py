@@ -27,7 +27,8 @@ from model.family import make_denoiser, make_painter
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.lattice import Box
 from model.noise import NoiseTree
-from model.solver import DDIM, uniform_steps
+from model.schedule import Uniform
+from model.solver import DDIM, steps_through
 
 CONFIG = PatchConfig(
     channels=2,
@@ -322,7 +323,7 @@ def test_every_parameter_learns() -> None:
 def test_a_trajectory_is_painted_by_the_same_loop_whatever_the_tiles() -> None:
     net, given_ = denoiser(), condition((2, 3))
     low, high = net.octaves.log_snr_range()
-    steps = uniform_steps(low, high, 3)
+    steps = steps_through(Uniform(low, high), 3)
     painted = []
     for tile in (48, 20):
         fields = [ArrayField(np.zeros((2, 32, 48))) for _ in range(2)]

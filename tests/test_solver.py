@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from model.solver import DDIM, DPMSolverPP2M, Solver, uniform_steps
+from model.schedule import Uniform
+from model.solver import DDIM, DPMSolverPP2M, Solver, steps_through
 
 MEAN, SIGNAL, NOISE = 0.7, 0.3, 0.02
 LOW, HIGH = -9.0, 9.0
@@ -33,7 +34,7 @@ def exact_flow(u: torch.Tensor) -> torch.Tensor:
 
 def solve(solver: Solver, u: torch.Tensor, steps: int) -> torch.Tensor:
     before = None
-    for step in uniform_steps(LOW, HIGH, steps):
+    for step in steps_through(Uniform(LOW, HIGH), steps):
         estimate = exact_estimate(u, step.now)
         u = solver(u, estimate, before, step)
         before = estimate if solver.remembers else None
@@ -60,9 +61,9 @@ def test_the_field_has_the_right_mean_and_covariance(solver: Solver, steps: int)
 
 
 def test_steps_join_and_the_first_has_no_memory() -> None:
-    steps = uniform_steps(-3.0, 5.0, 4)
+    steps = steps_through(Uniform(-3.0, 5.0), 4)
     assert [s.now for s in steps] == [-3.0, -1.0, 1.0, 3.0]
     assert [s.after for s in steps] == [-1.0, 1.0, 3.0, 5.0]
     assert [s.before for s in steps] == [None, -3.0, -1.0, 1.0]
     with pytest.raises(ValueError, match="at least one step"):
-        uniform_steps(0.0, 1.0, 0)
+        steps_through(Uniform(0.0, 1.0), 0)

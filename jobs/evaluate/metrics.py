@@ -27,7 +27,7 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtrit
 from skimage.transform import resize
 
 from pipeline.ome import OmeImage

@@ -113,8 +113,9 @@ class SparseConfig:
                 "leave --scale at 1"
             )
 
-    def check_design(self, design: Design) -> None:
+    def check_design(self, design: Design, mollifier_sigma_px: float = 0.0) -> None:
         """A `ValueError` when the draws of `design` cannot train this denoiser."""
+        check_mollifier(mollifier_sigma_px, self.mollifier_sigma_px)
         if not isinstance(design, PointDesign):
             raise ValueError(
                 f"this preset needs --design uniform, mixed or sobol, the packs were drawn by "
@@ -126,21 +127,21 @@ class SparseConfig:
                 f"{design.coarse_level}; pack again"
             )
 
-    def check_mollifier(self, sigma_px: float) -> None:
-        """A `ValueError` when the packs were smoothed otherwise than the noise will be."""
-        if sigma_px != self.mollifier_sigma_px:
-            raise ValueError(
-                f"this preset needs packs made with --mollifier {self.mollifier_sigma_px:g}, but "
-                f"these were made with {sigma_px:g}: data and noise must be smoothed alike; pack "
-                "again"
-            )
-
     def octaves(
         self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
     ) -> Octaves:
         """The process in every octave of a region, from the variances measured on it."""
         floor = 0.0 if self.mollifier_sigma_px else noise_floor
         return Octaves(signal, (), NoiseSpectrum(len(signal) - 1, self.coarse_level, floor))
+
+
+def check_mollifier(packed_px: float, wanted_px: float) -> None:
+    """A `ValueError` when packs were smoothed otherwise than the noise will be."""
+    if packed_px != wanted_px:
+        raise ValueError(
+            f"this preset needs packs made with --mollifier {wanted_px:g}, but these were made "
+            f"with {packed_px:g}: data and noise must be smoothed alike; pack again"
+        )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ knows that.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ from model.resample import NearestPoints, Splat, nearest_points, quadrature_weig
 from model.sparse.config import SparseConfig
 
 
+@runtime_checkable
 class Support(Protocol):
     """What the denoiser asks of where its features live."""
 
