@@ -101,7 +101,7 @@ def test_patches_mostly_absent_are_not_drawn() -> None:
 
 def test_designs_of_other_names_and_sizes_are_refused() -> None:
     options = {"points": 65_536, "coarse_level": 5}
-    with pytest.raises(ValueError, match="choose zoom or patch"):
+    with pytest.raises(ValueError, match="choose one of zoom, uniform, mixed, sobol, patch"):
         make_design("sobol", window=None, halo=None, **options)
     patch = make_design("patch", window=None, halo=6, **options)
     assert (patch.window, patch.halo, patch.num_values(Extent(512, 512))) == (256, 0, 65_536)
