@@ -23,8 +23,9 @@ normalised once, to unit variance at the pixel.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,43 +33,42 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from model.cells import Cells
 from model.lattice import Box
+from model.philox import MASK, normals, philox_4x32
+from model.points import Points
 
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_CELLS_AT_ONCE = 1 << 18
 
 
-def philox_4x32(
-    counter: tuple[Int64[Tensor, "..."], ...], key: tuple[Int64[Tensor, "..."], ...]
-) -> tuple[Int64[Tensor, "..."], ...]:
-    """Philox-4x32-10: four 32-bit words (held in int64) from a counter of four and a key of two
-    words.
+@runtime_checkable
+class Noise(Protocol):
+    """A random field that is known at any place; leaves: `NoiseTree`, `mollify.MollifiedNoise`.
+
+    A batch of seeds names as many independent fields, and so does another stream of one seed.
+    Values are float32, the same bit for bit however they are asked for.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # The low 64 bits of a product are right although int64 wraps; sign bits are masked.
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((second >> 32) & _MASK) ^ c1 ^ k0,
-            second & _MASK,
-            ((first >> 32) & _MASK) ^ c3 ^ k1,
-            first & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
 
+    @property
+    def channels(self) -> int: ...
 
-def _normals(words: tuple[Int64[Tensor, "..."], ...]) -> Float[Tensor, "*shape 4"]:
-    """Four standard normals (float64) from four 32-bit words, by Box and Muller."""
-    u = [(word.double() + 0.5) * 2.0**-32 for word in words]
-    out = []
-    for radius, angle in ((u[0], u[1]), (u[2], u[3])):
-        r, phi = torch.sqrt(-2.0 * torch.log(radius)), 2.0 * math.pi * angle
-        out += [r * torch.cos(phi), r * torch.sin(phi)]
-    return torch.stack(out, dim=-1)
+    def on_stream(self, stream: int) -> "Noise":
+        """The independent field of the same law that `stream` names."""
+        ...
+
+    def box(
+        self, seed: int, box: Box, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "c h w"]:
+        """All cells of a box."""
+        ...
+
+    def boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+        """The same box of several fields, one a seed."""
+        ...
+
+    def at(self, seeds: Int64[Tensor, " b"], points: Points) -> Float[Tensor, "n c"]:
+        """Sparse cells; image i of the points is the field of seeds[i]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -146,24 +146,45 @@ class NoiseTree:
     channels: int
     stream: int = 0
 
-    def _words(
+    def on_stream(self, stream: int) -> "NoiseTree":
+        return replace(self, stream=stream)
+
+    def _normals(
         self,
-        seeds: Int64[Tensor, " b"],
+        seeds: Int64[Tensor, "..."],
         level: int,
-        y: Int64[Tensor, "b h"],
-        x: Int64[Tensor, "b w"],
-    ) -> tuple[Int64[Tensor, "b c h w"], ...]:
-        device = seeds.device
-        shape = (len(seeds), self.channels, y.shape[1], x.shape[1])
-        channel = torch.arange(self.channels, device=device)[None, :, None, None]
+        y: Int64[Tensor, "..."],
+        x: Int64[Tensor, "..."],
+    ) -> Float[Tensor, "n c *cells 4"]:
+        """Four normals of every channel at cells (y, x) of the fields of `seeds`, which broadcast
+        against each other.
+        """
+        shape = torch.broadcast_shapes(seeds.shape, y.shape, x.shape)
+        shape = torch.Size((shape[0], self.channels, *shape[1:]))
+        channel = torch.arange(self.channels, device=seeds.device)
+        place = channel.view(-1, *(1 for _ in shape[2:])) * 256 + level
         counter = (
-            (y & _MASK)[:, None, :, None].expand(shape),
-            (x & _MASK)[:, None, None, :].expand(shape),
-            (channel * 256 + level).expand(shape),
-            torch.full((1, 1, 1, 1), self.stream, device=device).expand(shape),
+            (y & MASK).unsqueeze(1).expand(shape),
+            (x & MASK).unsqueeze(1).expand(shape),
+            place.expand(shape),
+            torch.full_like(place, self.stream).expand(shape),
         )
-        key = tuple(word[:, None, None, None] for word in (seeds & _MASK, (seeds >> 32) & _MASK))
-        return philox_4x32(counter, key)
+        low, high = (word.unsqueeze(1) for word in (seeds & MASK, (seeds >> 32) & MASK))
+        return normals(philox_4x32(counter, (low, high)))
+
+    def _details(
+        self,
+        seeds: Int64[Tensor, "..."],
+        level: int,
+        y: Int64[Tensor, "..."],
+        x: Int64[Tensor, "..."],
+    ) -> Float[Tensor, "n c *cells 4"]:
+        """What the four children, of `level`, of the cells (y, x) add to them."""
+        drawn = self._normals(seeds, level, y, x)
+        # Written out, since the order of a library's sum may depend on the shape.
+        mean = (drawn[..., 0] + drawn[..., 1] + drawn[..., 2] + drawn[..., 3]) * 0.25
+        std = math.sqrt(self.spectrum.detail_variance(level) * 4.0 / 3.0)
+        return std * (drawn - mean[..., None])
 
     def children(
         self,
@@ -178,10 +199,8 @@ class NoiseTree:
         b, c, h, w = parents.shape
         y = origins[:, :1] + torch.arange(h, device=parents.device)
         x = origins[:, 1:] + torch.arange(w, device=parents.device)
-        normals = _normals(self._words(seeds, level, y, x))
-        normals = normals - normals.mean(dim=-1, keepdim=True)
-        std = math.sqrt(self.spectrum.detail_variance(level) * 4.0 / 3.0)
-        four = parents[..., None] + std * normals
+        details = self._details(seeds[:, None, None], level, y[:, :, None], x[:, None, :])
+        four = parents[..., None] + details
         return four.reshape(b, c, h, w, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(b, c, 2 * h, 2 * w)
 
     def box(
@@ -194,12 +213,15 @@ class NoiseTree:
         """The same box of several fields, one a seed; float32."""
         return self._boxes(seeds, box).float()
 
+    def _check(self, level: int) -> None:
+        if level > self.spectrum.top_level:
+            raise ValueError(
+                f"cells of level {level} lie above the tree's top level {self.spectrum.top_level}"
+            )
+
     def _boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
         spectrum = self.spectrum
-        if box.level > spectrum.top_level:
-            raise ValueError(
-                f"a box of level {box.level} lies above the tree's top level {spectrum.top_level}"
-            )
+        self._check(box.level)
         if spectrum.floor == 0.0:
             outer = box.cover(spectrum.top_level)
             values = self._innovations(seeds, outer)
@@ -235,10 +257,78 @@ class NoiseTree:
         """Independent normals of the innovation's variance on the cells of a box."""
         rows = torch.arange(box.y, box.y + box.height, device=seeds.device)
         columns = torch.arange(box.x, box.x + box.width, device=seeds.device)
-        b = len(seeds)
-        words = self._words(seeds, box.level, rows.expand(b, -1), columns.expand(b, -1))
-        std = math.sqrt(self.spectrum.innovation(box.level)) * self.spectrum.scale
-        return _normals(words)[..., 0] * std
+        return self._innovation(
+            seeds[:, None, None], box.level, rows[None, :, None], columns[None, None]
+        )
+
+    def _innovation(
+        self,
+        seeds: Int64[Tensor, "..."],
+        level: int,
+        y: Int64[Tensor, "..."],
+        x: Int64[Tensor, "..."],
+    ) -> Float[Tensor, "n c *cells"]:
+        std = math.sqrt(self.spectrum.innovation(level)) * self.spectrum.scale
+        return self._normals(seeds, level, y, x)[..., 0] * std
+
+    def at(self, seeds: Int64[Tensor, " b"], points: Points) -> Float[Tensor, "n c"]:
+        """Means over sparse cells of any levels, float32; image i of the points is the field of
+        seeds[i]. Equal to `boxes` bit for bit; O(levels) calls a cell, fewer where cells share
+        ancestors.
+        """
+        if len(seeds) != points.batch:
+            raise ValueError(
+                f"{len(seeds)} seeds do not fit points of {points.batch} images; give one a field"
+            )
+        values = torch.empty(len(points), self.channels, device=seeds.device)
+        for level in points.level.unique().tolist():
+            chosen = torch.nonzero(points.level == level)[:, 0]
+            up = max(level - self.spectrum.coarse_level, 0) if self.spectrum.floor else 0
+            for part in chosen.split(max(_CELLS_AT_ONCE >> (2 * up), 1)):
+                cells = Cells(points.image[part], points.y[part], points.x[part])
+                values[part] = self.cells(seeds, level, cells).float()
+        return values
+
+    def cells(self, seeds: Int64[Tensor, " b"], level: int, cells: Cells) -> Float[Tensor, "n c"]:
+        """Means over cells of one level, anywhere on the lattice, float64 and at once: of `at`
+        each chunk.
+        """
+        spectrum = self.spectrum
+        self._check(level)
+        if spectrum.floor and level > spectrum.coarse_level:
+            side = 1 << (level - spectrum.coarse_level)
+            inside = torch.arange(side, device=seeds.device)
+            within = Cells(
+                cells.image[:, None, None].expand(-1, side, side).flatten(),
+                (cells.y[:, None, None] * side + inside[:, None]).expand(-1, -1, side).flatten(),
+                (cells.x[:, None, None] * side + inside).expand(-1, side, -1).flatten(),
+            )
+            values = self._smooth_cells(seeds, spectrum.coarse_level, within)
+            blocks = values.view(len(cells.y), side, side, -1).permute(0, 3, 1, 2).contiguous()
+            return F.avg_pool2d(blocks, side)[:, :, 0, 0]
+        if level == (spectrum.coarse_level if spectrum.floor else spectrum.top_level):
+            return self._smooth_cells(seeds, level, cells)
+        parents, place = cells.parents().distinct()
+        above = self.cells(seeds, level + 1, parents)
+        details = self._details(seeds[parents.image], level, parents.y, parents.x)
+        child = 2 * (cells.y & 1) + (cells.x & 1)
+        return above[place] + details[place, :, child]
+
+    def _smooth_cells(
+        self, seeds: Int64[Tensor, " b"], level: int, cells: Cells
+    ) -> Float[Tensor, "n c"]:
+        """`_smooth` at sparse cells of any level from the coarse one up."""
+        own = self._innovation(seeds[cells.image], level, cells.y, cells.x)
+        if level == self.spectrum.top_level:
+            return own
+        here = cells.parents()
+        beside_y, beside_x = here.y + 2 * (cells.y & 1) - 1, here.x + 2 * (cells.x & 1) - 1
+        near = [(y, x) for x in (here.x, beside_x) for y in (here.y, beside_y)]
+        ys, xs = (torch.cat(part) for part in zip(*near, strict=True))
+        parents, place = Cells(here.image.repeat(4), ys, xs).distinct()
+        four = self._smooth_cells(seeds, level + 1, parents)[place].chunk(4)
+        column, column_beside = (0.75 * four[k] + 0.25 * four[k + 1] for k in (0, 2))
+        return 0.75 * column + 0.25 * column_beside + own
 
 
 def _doubled(values: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
