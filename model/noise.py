@@ -211,7 +211,7 @@ class NoiseTree:
 
     def boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
         """The same box of several fields, one a seed; float32."""
-        return self._boxes(seeds, box).float()
+        return self.means(seeds, box).float()
 
     def _check(self, level: int) -> None:
         if level > self.spectrum.top_level:
@@ -219,7 +219,8 @@ class NoiseTree:
                 f"cells of level {level} lie above the tree's top level {self.spectrum.top_level}"
             )
 
-    def _boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+    def means(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+        """`boxes` before it is rounded: float64."""
         spectrum = self.spectrum
         self._check(box.level)
         if spectrum.floor == 0.0:
@@ -309,10 +310,15 @@ class NoiseTree:
         if level == (spectrum.coarse_level if spectrum.floor else spectrum.top_level):
             return self._smooth_cells(seeds, level, cells)
         parents, place = cells.parents().distinct()
+        return self.families(seeds, level, parents)[place, :, 2 * (cells.y & 1) + (cells.x & 1)]
+
+    def families(
+        self, seeds: Int64[Tensor, " b"], level: int, parents: Cells
+    ) -> Float[Tensor, "n c 4"]:
+        """The four children, of `level`, of sparse cells inside which the noise is white."""
         above = self.cells(seeds, level + 1, parents)
         details = self._details(seeds[parents.image], level, parents.y, parents.x)
-        child = 2 * (cells.y & 1) + (cells.x & 1)
-        return above[place] + details[place, :, child]
+        return above[..., None] + details
 
     def _smooth_cells(
         self, seeds: Int64[Tensor, " b"], level: int, cells: Cells
