@@ -15,6 +15,7 @@ equals the crop of the whole, and points the pixels of a box, bit for bit. Area 
 cells are not known without their pixels, and are refused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,8 +91,8 @@ class MollifiedNoise:
             there = Box(0, box.y + tile.y, box.x + tile.x, *tile.shape)
             ys, xs = tile.slices_in(Box(0, 0, 0, *box.shape))
             leaves = self.tree.means(seeds, there.grow(self.radius))
-            rows = self._weigh(leaves.unfold(2, len(self._taps), 1).movedim(-1, 0))
-            columns = self._weigh(rows.unfold(3, len(self._taps), 1).movedim(-1, 0))
+            rows = weigh(self._taps, leaves.unfold(2, len(self._taps), 1).movedim(-1, 0))
+            columns = weigh(self._taps, rows.unfold(3, len(self._taps), 1).movedim(-1, 0))
             values[:, :, ys, xs] = (self.scale * columns).float()
         return values
 
@@ -125,16 +126,16 @@ class MollifiedNoise:
         four = four.view(n, side, side, self.channels, 2, 2).permute(1, 4, 2, 5, 0, 3)
         leaves = four.reshape(2 * side, 2 * side, n, self.channels)
         taps = len(self._taps)
-        rows = self._weigh(leaves[first_y : first_y + taps, first_x : first_x + taps])
-        return (self.scale * self._weigh(rows)).float()
+        rows = weigh(self._taps, leaves[first_y : first_y + taps, first_x : first_x + taps])
+        return (self.scale * weigh(self._taps, rows)).float()
 
-    def _weigh(self, values: Float[Tensor, "k *shape"]) -> Float[Tensor, "*shape"]:
-        """Sum of the values times the taps, one after another."""
-        taps = self._taps
-        total = taps[0] * values[0]
-        for tap, value in zip(taps[1:], values[1:], strict=True):
-            total = total + tap * value
-        return total
+
+def weigh(taps: Sequence[float], values: Float[Tensor, "k *shape"]) -> Float[Tensor, "*shape"]:
+    """Sum of the values times the taps, one after another: the same for any shape."""
+    total = taps[0] * values[0]
+    for tap, value in zip(taps[1:], values[1:], strict=True):
+        total = total + tap * value
+    return total
 
 
 def _check(level: int) -> None:
