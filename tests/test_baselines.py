@@ -17,7 +17,6 @@ from model.baselines import (
     PatchObjective,
     PatchPainter,
     between_tiles,
-    cosine_log_snr,
     slerp,
     window_starts,
 )
@@ -256,17 +255,6 @@ def test_the_process_covers_every_octave_of_a_patch_from_drowned_to_clean() -> N
     assert high + min(offsets) == pytest.approx(6.0)
     signal, noise = octaves.variances(0)
     assert (signal, noise) == (pytest.approx(sum(OCTAVES.signal)), 1.0)
-
-
-def test_noise_levels_follow_the_cosine_schedule_within_their_range() -> None:
-    low, high = -15.0, 8.0
-    time = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    found = cosine_log_snr(time, low, high)
-    assert found[0] == pytest.approx(low) and found[-1] == pytest.approx(high)
-    # sqrt(abar) = cos(pi t / 2) and its angle runs at constant speed.
-    angle = torch.acos(torch.sigmoid(found).sqrt())
-    torch.testing.assert_close(angle.diff(), angle.diff().mean().expand(1000))
-    assert (found.diff() > 0).all()
 
 
 def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_parts() -> None:
