@@ -15,12 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from model.family import Denoiser, noise_of, schedule_of
-from model.generate import ArrayField, Estimator, Trajectory, advance, finish, start
-from model.solver import DDIM, DPMSolverPP2M, Solver, steps_through
+from model.family import Denoiser, log_snrs_of, noise_of
+from model.generate import (
+    ArrayField,
+    Estimator,
+    Trajectory,
+    advance,
+    finish,
+    fresh_noise,
+    start,
+)
+from model.solver import Solver, make_solver, steps_through
 from pipeline import console
-
-SOLVERS: dict[str, type[DDIM] | type[DPMSolverPP2M]] = {"ddim": DDIM, "dpm++2m": DPMSolverPP2M}
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Recipe:
 
     height, width: cells of the field (pixels at scale 1). steps: evaluations of the denoiser;
     guidance counts each twice. level: of the field's cells. overlap: of the windows of patch
-    diffusion.
+    diffusion. eta: of the solver ddim, where it adds noise.
     """
 
     height: int
@@ -40,15 +46,14 @@ class Recipe:
     solver: str
     level: int = 0
     overlap: float | None = None
+    eta: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What names the painting; what does not concern it is left out."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def make_solver(self) -> Solver:
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver {self.solver!r} does not exist; choose {', '.join(SOLVERS)}")
-        return SOLVERS[self.solver]()
+        return make_solver(self.solver, self.eta)
 
 
 def paint(
@@ -70,17 +75,19 @@ def paint(
     memory: list[ArrayField] | list[None] = [None, None]
     if solver.remembers:
         memory = [_field(work, name, shape) for name in ("estimate0", "estimate1")]
-    steps = steps_through(schedule_of(denoiser), max(recipe.steps - 1, 1))
+    steps = steps_through(log_snrs_of(denoiser, max(recipe.steps - 1, 1)))
     first, last = steps[0].now, steps[-1].after
     done, seconds_before = _done(work, recipe)
     started = time.monotonic()
+    noise = noise_of(denoiser)
     if done == 0:
-        start(fields[0], noise_of(denoiser), recipe.seed, first, level=recipe.level)
+        start(fields[0], noise, recipe.seed, first, level=recipe.level)
     for number in range(done, recipe.steps):
         here, there = number % 2, (number + 1) % 2
         state = Trajectory(fields[here], fields[there], memory[here], memory[there])
         if number + 1 < recipe.steps:
-            advance(painter, solver, steps[number], state, partial(report, number))
+            fresh = fresh_noise(noise, recipe.seed, number)
+            advance(painter, solver, steps[number], state, partial(report, number), fresh)
         else:
             finish(painter, last if number else first, state, partial(report, number))
         _mark(work, recipe, number + 1, seconds_before + time.monotonic() - started)

@@ -21,11 +21,12 @@ import tyro
 from conditioning.encoders import choose_device
 from conditioning.layout import Fill, condition_of, in_words, lay_out
 from conditioning.tokens import from_store, to_condition, with_labels
-from jobs.painting import SOLVERS, Recipe, paint, painting_seconds
+from jobs.painting import Recipe, paint, painting_seconds
 from jobs.run import Run, RunConfig
 from model.config import DenoiserConfig
 from model.family import Denoiser, make_painter
 from model.generate import ArrayField
+from model.solver import make_solver
 from pipeline import console
 from pipeline.export import export_image
 from pipeline.ome import OmeImage
@@ -72,8 +73,12 @@ class Sample:
     guidance: float = 1.5
     """Classifier-free guidance; 1 is the condition alone, and twice as fast. Patch diffusion was
     published with 3."""
-    solver: Literal["dpm++2m", "ddim"] = "dpm++2m"
-    """How a step is taken: of second order, or of first."""
+    solver: Literal["dpm++2m", "ddim", "ancestral"] = "dpm++2m"
+    """How a step is taken: of second order, of first, or with fresh noise (which wants 100
+    steps)."""
+    eta: float | None = None
+    """With --solver ddim: how much fresh noise a step adds, from 0 (none, the default) to 1
+    (ancestral)."""
     tile: str = "auto"
     """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
     overlap: float | None = None
@@ -133,6 +138,7 @@ def make_plan(options: Sample, store: Store) -> Plan:
     level, coarse = SCALES[options.scale], config.denoiser.cell_px
     device = choose_device(options.device)
     overlap = config.denoiser.overlap(options.overlap, height, width, level)
+    make_solver(options.solver, options.eta)
     # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
     recipe = Recipe(
         -(-height // coarse) * coarse >> level,
@@ -143,6 +149,7 @@ def make_plan(options: Sample, store: Store) -> Plan:
         options.solver,
         level,
         overlap,
+        options.eta or None,
     )
     if options.steps < 1:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
@@ -209,12 +216,13 @@ def sample(options: Sample) -> int:
     store = Store.open(options.condition)
     plan = make_plan(options, store)
     recipe, channels = plan.recipe, len(plan.config.packs.bands)
-    fields = 4 if SOLVERS[options.solver].remembers else 2
+    fields = 4 if recipe.make_solver().remembers else 2
     work_bytes = 4 * fields * channels * recipe.height * recipe.width
     console.say_plan(
         f"sample: {len(plan.regions)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
-        f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}, guidance "
-        f"{recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
+        f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}"
+        + ("" if recipe.eta is None else f" with eta {recipe.eta:g}")
+        + f", guidance {recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
         + ("" if recipe.overlap is None else f", windows overlapping by {recipe.overlap:g}"),
         options.out,
         _needed_bytes(options, plan, work_bytes),

@@ -38,6 +38,7 @@ from model.lattice import Box
 from model.noise import NoiseTree
 from model.objective import mean_square
 from model.process import Octaves, precondition
+from model.schedule import Cosine, draw_log_snr
 
 _PARALLEL = 1e-6
 
@@ -87,21 +88,12 @@ class PatchDenoiser(nn.Module):
         return known + scale * correction
 
 
-def cosine_log_snr(uniform: Float[Tensor, " b"], low: float, high: float) -> Float[Tensor, " b"]:
-    """The log-SNR at times drawn uniformly in the cosine schedule, cut to a range.
-
-    abar = cos^2(pi t / 2), so lambda = -2 ln tan(pi t / 2) (Nichol and Dhariwal, 2021); `uniform`
-    0 is `low`, 1 is `high`.
-    """
-    first, last = (math.atan(math.exp(-value / 2)) for value in (low, high))
-    return -2 * torch.log(torch.tan(first + (last - first) * uniform))
-
-
 class PatchObjective(nn.Module):
     """The mean squared error of F on drawn patches, as a module that DeepSpeed can wrap.
 
-    The log-SNR is drawn by the cosine schedule (`cosine_log_snr`). The noise of a patch is the
-    keyed field of its sample at the field's origin: white noise is the same everywhere.
+    The log-SNR is drawn by the cosine schedule, cut to the range of the octaves. The noise of a
+    patch is the keyed field of its sample at the field's origin: white noise is the same
+    everywhere.
     """
 
     def __init__(self, denoiser: PatchDenoiser) -> None:
@@ -120,7 +112,7 @@ class PatchObjective(nn.Module):
         """`seeds` name the noise fields; `uniform` in [0, 1) is the noise level's place in its
         range.
         """
-        log_snr = cosine_log_snr(uniform, self.low, self.high)
+        log_snr = draw_log_snr(Cosine(), uniform, self.low, self.high)
         truth = draw.windows[:, 0, 0].permute(0, 3, 1, 2)
         present = draw.windows_present[:, 0, 0].permute(0, 3, 1, 2).to(truth)
         noise = self.tree.boxes(seeds, Box(0, 0, 0, *truth.shape[2:])).to(truth)

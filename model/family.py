@@ -10,11 +10,10 @@ from model.baselines import PatchDenoiser, PatchObjective, PatchPainter
 from model.config import PUBLISHED_OVERLAP, DenoiserConfig, PyramidConfig
 from model.denoiser import PyramidDenoiser
 from model.generate import Painter
-from model.mollified import MollifiedNoise
-from model.noise import NoiseTree
+from model.noise import Noise, NoiseTree
 from model.objective import PyramidObjective
 from model.process import Octaves
-from model.schedule import Schedule, Uniform
+from model.schedule import UniformLogSNR, levels
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
@@ -42,14 +41,17 @@ def make_objective(denoiser: Denoiser) -> Objective:
     return PatchObjective(denoiser)
 
 
-def schedule_of(denoiser: Denoiser) -> Schedule:
-    """The schedule that sampling follows: its own, or log-SNR from drowned to clean."""
+def log_snrs_of(denoiser: Denoiser, steps: int) -> list[float]:
+    """The log-SNRs that `steps` steps of sampling go through, from drowned to clean: uniform in
+    the time of the denoiser's own schedule, or in the log-SNR.
+    """
+    low, high = denoiser.octaves.log_snr_range()
     if isinstance(denoiser, SparseOperatorDenoiser):
-        return denoiser.schedule
-    return Uniform(*denoiser.octaves.log_snr_range())
+        return levels(denoiser.schedule, *denoiser.log_snr_range, steps)
+    return levels(UniformLogSNR(low, high), low, high, steps)
 
 
-def noise_of(denoiser: Denoiser) -> NoiseTree | MollifiedNoise:
+def noise_of(denoiser: Denoiser) -> Noise:
     """The noise of a denoiser's process."""
     if isinstance(denoiser, SparseOperatorDenoiser):
         return denoiser.noise

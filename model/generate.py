@@ -7,12 +7,13 @@ lattice and the levels above the tiles once, and then tile by tile the finer lev
 the halo that its blocks declare. Every coupling is local, or on the lattice, so that the tiling
 changes nothing. Memory is O(tile + image / 64); fields may live on disk.
 
-Noise is the keyed field of `noise`, a function of place: enlarging the image or changing the tiles
-keeps its values.
+Noise is a keyed field, a function of place: enlarging the image or changing the tiles keeps its
+values. So is the noise that a stochastic solver adds, one field a step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,8 +25,7 @@ from torch import Tensor
 from model.attention import Condition
 from model.denoiser import Layer, PyramidDenoiser, Tokens
 from model.lattice import Box, tiles
-from model.mollified import MollifiedNoise
-from model.noise import NoiseTree
+from model.noise import Noise
 from model.solver import Solver, Step
 
 
@@ -253,20 +253,14 @@ def _pool(values: Float[Tensor, "1 h w c"]) -> Float[Tensor, "1 h2 w2 c"]:
 
 
 def start(
-    field: Field,
-    tree: NoiseTree | MollifiedNoise,
-    seed: int,
-    log_snr: float,
-    *,
-    level: int = 0,
-    tile: int = 512,
+    field: Field, noise: Noise, seed: int, log_snr: float, *, level: int = 0, tile: int = 512
 ) -> None:
     """Write u at the first log-SNR, where nothing of u_0 is left: sqrt(1 - abar) times the keyed
     noise.
     """
     sigma = (1.0 + np.exp(log_snr)) ** -0.5
     for box in tiles(*field.shape[1:], tile, level=level):
-        field.write(box, tree.box(seed, box) * sigma)
+        field.write(box, noise.box(seed, box) * sigma)
 
 
 @dataclass(frozen=True)
@@ -284,18 +278,30 @@ class Trajectory:
     estimate: Field | None = None
 
 
+FreshNoise = Callable[[Box, torch.device], Float[Tensor, "c h w"]]
+
+
+def fresh_noise(noise: Noise, seed: int, number: int) -> FreshNoise:
+    """What step `number` adds: the field of `seed` on a stream of its own (0 is the start's), so
+    that a step repeated adds the same.
+    """
+    return partial(noise.on_stream(1 + number).box, seed)
+
+
 def advance(
     painter: Estimator,
     solver: Solver,
     step: Step,
     state: Trajectory,
     report: Callable[[int], None] = lambda cells: None,
+    fresh: FreshNoise | None = None,
 ) -> None:
     """One step of the solver: reads `state.current`, writes `state.following` (and the estimate),
     tile by tile.
 
-    `report` is told the cells done.
+    `report` is told the cells done; `fresh` is asked only by solvers that add noise.
     """
+    adds_noise = solver.noise_scale(step) > 0.0
     for box, u, x0 in painter.estimate(state.current, step.now):
         before = None
         if solver.remembers:
@@ -303,7 +309,8 @@ def advance(
             state.estimate.write(box, x0)
             if step.before is not None:
                 before = state.estimate_before.read(box).to(x0)
-        state.following.write(box, solver(u, x0, before, step))
+        added = fresh(box, x0.device).to(x0) if fresh is not None and adds_noise else None
+        state.following.write(box, solver(u, x0, before, step, added))
         report(box.height * box.width)
 
 

@@ -23,8 +23,9 @@ normalised once, to unit variance at the pixel.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,9 +33,42 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from model.cells import Cells
 from model.lattice import Box
 from model.philox import MASK, normals, philox_4x32
 from model.points import Points
+
+_CELLS_AT_ONCE = 1 << 18
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """A random field that is known at any place; leaves: `NoiseTree`, `mollify.MollifiedNoise`.
+
+    A batch of seeds names as many independent fields, and so does another stream of one seed.
+    Values are float32, the same bit for bit however they are asked for.
+    """
+
+    @property
+    def channels(self) -> int: ...
+
+    def on_stream(self, stream: int) -> "Noise":
+        """The independent field of the same law that `stream` names."""
+        ...
+
+    def box(
+        self, seed: int, box: Box, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "c h w"]:
+        """All cells of a box."""
+        ...
+
+    def boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+        """The same box of several fields, one a seed."""
+        ...
+
+    def at(self, seeds: Int64[Tensor, " b"], points: Points) -> Float[Tensor, "n c"]:
+        """Sparse cells; image i of the points is the field of seeds[i]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,27 +146,45 @@ class NoiseTree:
     channels: int
     stream: int = 0
 
-    def _words(
+    def on_stream(self, stream: int) -> "NoiseTree":
+        return replace(self, stream=stream)
+
+    def _normals(
         self,
         seeds: Int64[Tensor, "..."],
         level: int,
         y: Int64[Tensor, "..."],
         x: Int64[Tensor, "..."],
-    ) -> tuple[Int64[Tensor, "..."], ...]:
-        """Four words at every channel of cells; arguments broadcast, their axis 1 is the
-        channels'.
+    ) -> Float[Tensor, "n c *cells 4"]:
+        """Four normals of every channel at cells (y, x) of the fields of `seeds`, which broadcast
+        against each other.
         """
-        device = seeds.device
-        channel = torch.arange(self.channels, device=device)
-        channel = channel.view(1, -1, *[1] * (seeds.dim() - 2))
-        shape = torch.broadcast_shapes(seeds.shape, y.shape, x.shape, channel.shape)
+        shape = torch.broadcast_shapes(seeds.shape, y.shape, x.shape)
+        shape = torch.Size((shape[0], self.channels, *shape[1:]))
+        channel = torch.arange(self.channels, device=seeds.device)
+        place = channel.view(-1, *(1 for _ in shape[2:])) * 256 + level
         counter = (
-            (y & MASK).expand(shape),
-            (x & MASK).expand(shape),
-            (channel * 256 + level).expand(shape),
-            torch.full_like(seeds, self.stream).expand(shape),
+            (y & MASK).unsqueeze(1).expand(shape),
+            (x & MASK).unsqueeze(1).expand(shape),
+            place.expand(shape),
+            torch.full_like(place, self.stream).expand(shape),
         )
-        return philox_4x32(counter, (seeds & MASK, (seeds >> 32) & MASK))
+        low, high = (word.unsqueeze(1) for word in (seeds & MASK, (seeds >> 32) & MASK))
+        return normals(philox_4x32(counter, (low, high)))
+
+    def _details(
+        self,
+        seeds: Int64[Tensor, "..."],
+        level: int,
+        y: Int64[Tensor, "..."],
+        x: Int64[Tensor, "..."],
+    ) -> Float[Tensor, "n c *cells 4"]:
+        """What the four children, of `level`, of the cells (y, x) add to them."""
+        drawn = self._normals(seeds, level, y, x)
+        # Written out, since the order of a library's sum may depend on the shape.
+        mean = (drawn[..., 0] + drawn[..., 1] + drawn[..., 2] + drawn[..., 3]) * 0.25
+        std = math.sqrt(self.spectrum.detail_variance(level) * 4.0 / 3.0)
+        return std * (drawn - mean[..., None])
 
     def children(
         self,
@@ -147,21 +199,9 @@ class NoiseTree:
         b, c, h, w = parents.shape
         y = origins[:, :1] + torch.arange(h, device=parents.device)
         x = origins[:, 1:] + torch.arange(w, device=parents.device)
-        where = seeds[:, None, None, None], level, y[:, None, :, None], x[:, None, None, :]
-        four = parents[..., None] + self._apart(*where)
+        details = self._details(seeds[:, None, None], level, y[:, :, None], x[:, None, :])
+        four = parents[..., None] + details
         return four.reshape(b, c, h, w, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(b, c, 2 * h, 2 * w)
-
-    def _apart(
-        self,
-        seeds: Int64[Tensor, "..."],
-        level: int,
-        y: Int64[Tensor, "..."],
-        x: Int64[Tensor, "..."],
-    ) -> Float[Tensor, "*shape 4"]:
-        """What the four children, at `level`, of cells (y, x) are apart from them."""
-        found = normals(self._words(seeds, level, y, x))
-        std = math.sqrt(self.spectrum.detail_variance(level) * 4.0 / 3.0)
-        return std * (found - found.mean(dim=-1, keepdim=True))
 
     def box(
         self, seed: int, box: Box, device: torch.device | str = "cpu"
@@ -171,15 +211,18 @@ class NoiseTree:
 
     def boxes(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
         """The same box of several fields, one a seed; float32."""
-        return self.exact(seeds, box).float()
+        return self.means(seeds, box).float()
 
-    def exact(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
-        """`boxes` in float64."""
-        spectrum = self.spectrum
-        if box.level > spectrum.top_level:
+    def _check(self, level: int) -> None:
+        if level > self.spectrum.top_level:
             raise ValueError(
-                f"a box of level {box.level} lies above the tree's top level {spectrum.top_level}"
+                f"cells of level {level} lie above the tree's top level {self.spectrum.top_level}"
             )
+
+    def means(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
+        """`boxes` before it is rounded: float64."""
+        spectrum = self.spectrum
+        self._check(box.level)
         if spectrum.floor == 0.0:
             outer = box.cover(spectrum.top_level)
             values = self._innovations(seeds, outer)
@@ -196,110 +239,6 @@ class NoiseTree:
             ys, xs = inner.slices_in(outer)
             values, outer = values[:, :, ys, xs], inner
         return values
-
-    def windows(
-        self,
-        seeds: Int64[Tensor, " n"],
-        level: int,
-        corners: Int64[Tensor, "n 2"],
-        side: int,
-    ) -> Float[Tensor, "n c s s"]:
-        """Squares of side x side cells of white noise at scattered corners (y, x), each of a field
-        of its own; float64.
-        """
-        if self.spectrum.floor:
-            raise ValueError("scattered windows are of white noise; set the floor to 0")
-        # The side of what covers the window at each level, wherever it begins.
-        sides = [side]
-        for _ in range(level, self.spectrum.top_level):
-            sides.append(sides[-1] // 2 + 1)
-        inside = torch.arange(sides[-1], device=corners.device)
-        first = corners >> (len(sides) - 1)
-        rows, columns = (first[:, axis, None] + inside for axis in (0, 1))
-        where = rows[:, None, :, None], columns[:, None, None, :]
-        values = self._innovation(seeds[:, None, None, None], self.spectrum.top_level, *where)
-        for up in reversed(range(len(sides) - 1)):
-            values = self.children(values, seeds, level + up, first)
-            finer = corners >> up
-            skip, inside = finer - 2 * first, torch.arange(sides[up], device=corners.device)
-            rows, columns = (skip[:, axis, None] + inside for axis in (0, 1))
-            index = rows[:, :, None] * values.shape[-1] + columns[:, None, :]
-            index = index.flatten(1)[:, None].expand(-1, self.channels, -1)
-            values = values.flatten(2).gather(2, index).unflatten(2, (sides[up], sides[up]))
-            first = finer
-        return values
-
-    def at(self, seeds: Int64[Tensor, " b"], points: Points) -> Float[Tensor, "n c"]:
-        """Means over sparse cells of any levels, as `boxes` has them; float32, O(levels) a cell.
-
-        `seeds` name the field of each image of the batch.
-        """
-        out = torch.empty(len(points), self.channels, device=seeds.device)
-        for level in points.level.unique().tolist():
-            here = (points.level == level).nonzero()[:, 0]
-            found = self._at(seeds[points.image[here]], level, points.y[here], points.x[here])
-            out[here] = found.float()
-        return out
-
-    def _at(
-        self,
-        seeds: Int64[Tensor, " n"],
-        level: int,
-        y: Int64[Tensor, " n"],
-        x: Int64[Tensor, " n"],
-    ) -> Float[Tensor, "n c"]:
-        spectrum, coarse = self.spectrum, self.spectrum.coarse_level
-        if level > spectrum.top_level:
-            raise ValueError(
-                f"a point of level {level} lies above the tree's top level {spectrum.top_level}"
-            )
-        if spectrum.floor and level > coarse:
-            side = 1 << (level - coarse)
-            inside = torch.arange(side, device=y.device)
-            below = (
-                (y[:, None, None] * side + inside[:, None]).expand(-1, side, side).flatten(),
-                (x[:, None, None] * side + inside).expand(-1, side, side).flatten(),
-            )
-            values = self._smooth_at(seeds.repeat_interleave(side**2), coarse, *below)
-            return values.view(len(y), side**2, -1).mean(dim=1)
-        start = coarse if spectrum.floor else spectrum.top_level
-        up = start - level
-        if spectrum.floor:
-            values = self._smooth_at(seeds, start, y >> up, x >> up)
-        else:
-            values = self._innovation(*_columns(seeds, start, y >> up, x >> up))
-        for down in range(start - 1, level - 1, -1):
-            up = down - level
-            child = ((y >> up) & 1) * 2 + ((x >> up) & 1)
-            apart = self._apart(*_columns(seeds, down, y >> (up + 1), x >> (up + 1)))
-            values = (
-                values + apart.gather(-1, child[:, None, None].expand_as(apart[..., :1]))[..., 0]
-            )
-        return values
-
-    def _smooth_at(
-        self,
-        seeds: Int64[Tensor, " n"],
-        level: int,
-        y: Int64[Tensor, " n"],
-        x: Int64[Tensor, " n"],
-    ) -> Float[Tensor, "n c"]:
-        """`_smooth` at single cells: each cell once, and so each of those that it is made of."""
-        cells, back = torch.stack([seeds, y, x]).unique(dim=1, return_inverse=True)
-        seeds, y, x = cells
-        values = self._innovation(*_columns(seeds, level, y, x))
-        if level == self.spectrum.top_level:
-            return values[back]
-        # Bilinear, as `_doubled`: three quarters of the parent, a quarter of the nearer neighbour.
-        ys, xs = (torch.stack([p >> 1, (p >> 1) + 2 * (p & 1) - 1]) for p in (y, x))
-        four = self._smooth_at(
-            seeds.repeat(4),
-            level + 1,
-            ys.repeat_interleave(2, dim=0).flatten(),
-            xs.repeat(2, 1).flatten(),
-        ).view(2, 2, len(y), -1)
-        rows = 0.75 * four[0] + 0.25 * four[1]
-        return (0.75 * rows[0] + 0.25 * rows[1] + values)[back]
 
     def _smooth(self, seeds: Int64[Tensor, " b"], box: Box) -> Float[Tensor, "b c h w"]:
         """Means over cells of the coarse level: innovations of every octave, interpolated down."""
@@ -319,9 +258,8 @@ class NoiseTree:
         """Independent normals of the innovation's variance on the cells of a box."""
         rows = torch.arange(box.y, box.y + box.height, device=seeds.device)
         columns = torch.arange(box.x, box.x + box.width, device=seeds.device)
-        seeds = seeds[:, None, None, None]
         return self._innovation(
-            seeds, box.level, rows[None, None, :, None], columns[None, None, None]
+            seeds[:, None, None], box.level, rows[None, :, None], columns[None, None]
         )
 
     def _innovation(
@@ -330,15 +268,73 @@ class NoiseTree:
         level: int,
         y: Int64[Tensor, "..."],
         x: Int64[Tensor, "..."],
-    ) -> Float[Tensor, "..."]:
+    ) -> Float[Tensor, "n c *cells"]:
         std = math.sqrt(self.spectrum.innovation(level)) * self.spectrum.scale
-        return normals(self._words(seeds, level, y, x))[..., 0] * std
+        return self._normals(seeds, level, y, x)[..., 0] * std
 
+    def at(self, seeds: Int64[Tensor, " b"], points: Points) -> Float[Tensor, "n c"]:
+        """Means over sparse cells of any levels, float32; image i of the points is the field of
+        seeds[i]. Equal to `boxes` bit for bit; O(levels) calls a cell, fewer where cells share
+        ancestors.
+        """
+        if len(seeds) != points.batch:
+            raise ValueError(
+                f"{len(seeds)} seeds do not fit points of {points.batch} images; give one a field"
+            )
+        values = torch.empty(len(points), self.channels, device=seeds.device)
+        for level in points.level.unique().tolist():
+            chosen = torch.nonzero(points.level == level)[:, 0]
+            up = max(level - self.spectrum.coarse_level, 0) if self.spectrum.floor else 0
+            for part in chosen.split(max(_CELLS_AT_ONCE >> (2 * up), 1)):
+                cells = Cells(points.image[part], points.y[part], points.x[part])
+                values[part] = self.cells(seeds, level, cells).float()
+        return values
 
-def _columns(
-    seeds: Int64[Tensor, " n"], level: int, y: Int64[Tensor, " n"], x: Int64[Tensor, " n"]
-) -> tuple[Int64[Tensor, "n 1"], int, Int64[Tensor, "n 1"], Int64[Tensor, "n 1"]]:
-    return seeds[:, None], level, y[:, None], x[:, None]
+    def cells(self, seeds: Int64[Tensor, " b"], level: int, cells: Cells) -> Float[Tensor, "n c"]:
+        """Means over cells of one level, anywhere on the lattice, float64 and at once: of `at`
+        each chunk.
+        """
+        spectrum = self.spectrum
+        self._check(level)
+        if spectrum.floor and level > spectrum.coarse_level:
+            side = 1 << (level - spectrum.coarse_level)
+            inside = torch.arange(side, device=seeds.device)
+            within = Cells(
+                cells.image[:, None, None].expand(-1, side, side).flatten(),
+                (cells.y[:, None, None] * side + inside[:, None]).expand(-1, -1, side).flatten(),
+                (cells.x[:, None, None] * side + inside).expand(-1, side, -1).flatten(),
+            )
+            values = self._smooth_cells(seeds, spectrum.coarse_level, within)
+            blocks = values.view(len(cells.y), side, side, -1).permute(0, 3, 1, 2).contiguous()
+            return F.avg_pool2d(blocks, side)[:, :, 0, 0]
+        if level == (spectrum.coarse_level if spectrum.floor else spectrum.top_level):
+            return self._smooth_cells(seeds, level, cells)
+        parents, place = cells.parents().distinct()
+        return self.families(seeds, level, parents)[place, :, 2 * (cells.y & 1) + (cells.x & 1)]
+
+    def families(
+        self, seeds: Int64[Tensor, " b"], level: int, parents: Cells
+    ) -> Float[Tensor, "n c 4"]:
+        """The four children, of `level`, of sparse cells inside which the noise is white."""
+        above = self.cells(seeds, level + 1, parents)
+        details = self._details(seeds[parents.image], level, parents.y, parents.x)
+        return above[..., None] + details
+
+    def _smooth_cells(
+        self, seeds: Int64[Tensor, " b"], level: int, cells: Cells
+    ) -> Float[Tensor, "n c"]:
+        """`_smooth` at sparse cells of any level from the coarse one up."""
+        own = self._innovation(seeds[cells.image], level, cells.y, cells.x)
+        if level == self.spectrum.top_level:
+            return own
+        here = cells.parents()
+        beside_y, beside_x = here.y + 2 * (cells.y & 1) - 1, here.x + 2 * (cells.x & 1) - 1
+        near = [(y, x) for x in (here.x, beside_x) for y in (here.y, beside_y)]
+        ys, xs = (torch.cat(part) for part in zip(*near, strict=True))
+        parents, place = Cells(here.image.repeat(4), ys, xs).distinct()
+        four = self._smooth_cells(seeds, level + 1, parents)[place].chunk(4)
+        column, column_beside = (0.75 * four[k] + 0.25 * four[k + 1] for k in (0, 2))
+        return 0.75 * column + 0.25 * column_beside + own
 
 
 def _doubled(values: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:

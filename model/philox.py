@@ -1,6 +1,7 @@
-"""Random numbers as a function of place: Philox-4x32-10 (Salmon et al., SC 2011), and normals.
+"""Philox-4x32-10 (Salmon et al., SC 2011): randomness as a pure function of counter and key.
 
-Counter and key are all there is: no state, the same numbers on CPU and GPU and in any order.
+Integers are held in int64, so that CPU and GPU agree bit for bit; the normals made of them agree
+to rounding.
 """
 
 import math

@@ -103,13 +103,20 @@ class Preconditioning:
 
 def precondition(octaves: Octaves, level: int, log_snr: Float[Tensor, " b"]) -> Preconditioning:
     """Factors of `level` for y = u_t / sqrt(abar) at the process's log-SNR."""
-    signal, noise = octaves.variances(level)
+    c_in, c_skip, c_out, own = preconditioning_factors(*octaves.variances(level), log_snr)
+    shape = (-1, 1, 1, 1)
+    return Preconditioning(c_in.view(shape), c_skip.view(shape), c_out.view(shape), own)
+
+
+def preconditioning_factors(
+    signal: float | Float[Tensor, "*b"],
+    noise: float | Float[Tensor, "*b"],
+    log_snr: Float[Tensor, "*b"],
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"], Float[Tensor, "*b"], Float[Tensor, "*b"]]:
+    """c_in, c_skip and c_out for variances S of the signal and n of the noise, and their log-SNR,
+    lambda + ln(S / n).
+    """
     total_noise = noise * torch.exp(-log_snr)
     total = signal + total_noise
-    shape = (-1, 1, 1, 1)
-    return Preconditioning(
-        c_in=total.rsqrt().view(shape),
-        c_skip=(signal / total).view(shape),
-        c_out=(signal * total_noise / total).sqrt().view(shape),
-        log_snr=torch.log(signal / total_noise),
-    )
+    c_out = (signal * total_noise / total).sqrt()
+    return total.rsqrt(), signal / total, c_out, torch.log(signal / total_noise)

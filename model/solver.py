@@ -1,24 +1,32 @@
-"""Solvers: one step along the probability-flow ODE, from one log-SNR to the next, given the
-estimate of u_0.
+"""Solvers: one step from one log-SNR to the next, given the estimate of u_0.
 
-A solver is a pure function of a few values at one place, so that it runs tile by tile. In y-free
-form, with alpha = sqrt(abar), sigma = sqrt(1 - abar) and h = (lambda_next - lambda) / 2:
+A solver is a pure function of a few values at one place, so that it runs tile by tile. With
+alpha = sqrt(abar), sigma = sqrt(1 - abar) and h = (lambda_next - lambda) / 2:
 
-    DDIM (Song et al., 2021), first order:
-        u' = sigma'/sigma u + alpha' (1 - e^-h) x0_hat
+    DDIM (Song et al., 2021), first order, with n' fresh noise of the process's own law:
+        u' = alpha' x0_hat + sqrt(sigma'^2 - s^2) (u - alpha x0_hat) / sigma + s n',
+        s  = eta sigma' sqrt(1 - e^-2h)
+    ancestral (Ho et al., 2020): s^2 is then the posterior's variance beta~, which is eta = 1
     DPM-Solver++(2M) (Lu et al., 2022), second order:
-        the same with x0_hat + (x0_hat - x0_hat_before) h / (2 h_before)
+        DDIM at eta = 0 with x0_hat + (x0_hat - x0_hat_before) h / (2 h_before)
+
+Noise that is not of the process's law (white, where the process is mollified) would stay in the
+image. It is keyed by step and place (`generate.fresh_noise`), so that tiles and restarts change
+nothing.
+
+On the exact denoiser of a Gaussian field with the octaves of H&E and floored noise, 20 steps leave
+every octave's variance 0.1 dB too large with 2M, 1.1 dB too small with DDIM and 2.0 dB with
+ancestral steps, which need 50 and 100 for 0.5 dB. The larger variance beta_t that Ho et al. also
+tried leaves -1.8 dB in the coarse octaves at 20 steps and +1.5 dB in the finest: not offered.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from model.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,18 @@ class Step:
 
 @runtime_checkable
 class Solver(Protocol):
-    """u at log-SNR `step.now` -> u at `step.after`.
+    """u at log-SNR `step.now` -> u at `step.after`."""
 
-    `remembers` says whether the estimate of the step before is wanted; it is None at the first
-    step in any case.
-    """
+    @property
+    def remembers(self) -> bool:
+        """Whether the estimate of the step before is wanted; it is None at the first step in any
+        case.
+        """
+        ...
 
-    remembers: bool
+    def noise_scale(self, step: Step) -> float:
+        """Of the fresh noise that the step adds; at 0 none is wanted."""
+        ...
 
     def __call__(
         self,
@@ -46,6 +59,7 @@ class Solver(Protocol):
         estimate: Float[Tensor, "*shape"],
         estimate_before: Float[Tensor, "*shape"] | None,
         step: Step,
+        noise: Float[Tensor, "*shape"] | None = None,
     ) -> Float[Tensor, "*shape"]: ...
 
 
@@ -53,20 +67,29 @@ def _alpha_sigma(log_snr: float) -> tuple[float, float]:
     return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
 
-def _exponential_step(
-    u: Float[Tensor, "*shape"], estimate: Float[Tensor, "*shape"], step: Step
-) -> Float[Tensor, "*shape"]:
-    """Exact integration of the ODE while the estimate is constant."""
-    _, sigma = _alpha_sigma(step.now)
-    alpha_after, sigma_after = _alpha_sigma(step.after)
-    shrink = -math.expm1(-(step.after - step.now) / 2)
-    return (sigma_after / sigma) * u + (alpha_after * shrink) * estimate
-
-
+@dataclass(frozen=True)
 class DDIM:
-    """Denoising diffusion implicit model, eta = 0; first order, deterministic."""
+    """Denoising diffusion implicit model; eta = 0 is deterministic, eta = 1 ancestral.
 
-    remembers = False
+    The step is the exact solution while the estimate is constant, of the probability-flow ODE at
+    eta = 0 and of the reverse SDE at eta = 1.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(
+                f"eta lies between 0 (deterministic) and 1 (ancestral), but is {self.eta:g}"
+            )
+
+    @property
+    def remembers(self) -> bool:
+        return False
+
+    def noise_scale(self, step: Step) -> float:
+        _, sigma_after = _alpha_sigma(step.after)
+        return self.eta * sigma_after * math.sqrt(-math.expm1(step.now - step.after))
 
     def __call__(
         self,
@@ -74,16 +97,36 @@ class DDIM:
         estimate: Float[Tensor, "*shape"],
         estimate_before: Float[Tensor, "*shape"] | None,
         step: Step,
+        noise: Float[Tensor, "*shape"] | None = None,
     ) -> Float[Tensor, "*shape"]:
-        return _exponential_step(u, estimate, step)
+        _, sigma = _alpha_sigma(step.now)
+        alpha_after, sigma_after = _alpha_sigma(step.after)
+        # sqrt(sigma'^2 - s^2) = sigma' e^kept
+        kept = 0.5 * math.log1p(self.eta**2 * math.expm1(step.now - step.after))
+        shrink = -math.expm1(kept - (step.after - step.now) / 2)
+        moved = (sigma_after * math.exp(kept) / sigma) * u + (alpha_after * shrink) * estimate
+        scale = self.noise_scale(step)
+        if scale == 0.0:
+            return moved
+        if noise is None:
+            raise ValueError(
+                f"a step with eta = {self.eta:g} needs fresh noise, but none is given"
+            )
+        return moved + scale * noise
 
 
+@dataclass(frozen=True)
 class DPMSolverPP2M:
     """DPM-Solver++(2M): the estimate extrapolated to the middle of the step; second order,
     deterministic.
     """
 
-    remembers = True
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def noise_scale(self, step: Step) -> float:
+        return 0.0
 
     def __call__(
         self,
@@ -91,20 +134,39 @@ class DPMSolverPP2M:
         estimate: Float[Tensor, "*shape"],
         estimate_before: Float[Tensor, "*shape"] | None,
         step: Step,
+        noise: Float[Tensor, "*shape"] | None = None,
     ) -> Float[Tensor, "*shape"]:
         if estimate_before is not None and step.before is not None:
             ratio = (step.after - step.now) / (step.now - step.before)
             estimate = estimate + (ratio / 2) * (estimate - estimate_before)
-        return _exponential_step(u, estimate, step)
+        return DDIM()(u, estimate, None, step)
 
 
-def steps_through(schedule: Schedule, steps: int) -> list[Step]:
-    """`steps` steps, uniform in the schedule's time, from noise to image; u at the last log-SNR is
-    still to be denoised once more.
-    """
-    if steps < 1:
-        raise ValueError(f"a trajectory needs at least one step, but {steps} were asked for")
-    times = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    grid: list[float] = schedule.log_snr(times).tolist()
-    before: list[float | None] = [None, *grid[:-2]]
-    return [Step(b, now, after) for b, now, after in zip(before, grid[:-1], grid[1:], strict=True)]
+SOLVERS = ("dpm++2m", "ddim", "ancestral")
+
+
+def make_solver(name: str, eta: float | None = None) -> Solver:
+    """A solver by its name; `eta` is DDIM's, by default 0."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver {name!r} does not exist; choose {', '.join(SOLVERS)}")
+    if name == "ddim":
+        return DDIM(0.0 if eta is None else eta)
+    if eta is not None:
+        raise ValueError(f"eta = {eta:g} belongs to the solver ddim, but the solver is {name}")
+    return DDIM(eta=1.0) if name == "ancestral" else DPMSolverPP2M()
+
+
+def steps_through(log_snrs: Sequence[float]) -> list[Step]:
+    """The steps from each log-SNR to the next; u at the last is still to be denoised once more."""
+    if len(log_snrs) < 2:
+        raise ValueError(
+            f"a trajectory needs at least one step, but {len(log_snrs) - 1} were asked for"
+        )
+    before: list[float | None] = [None, *log_snrs[:-2]]
+    ends = zip(before, log_snrs[:-1], log_snrs[1:], strict=True)
+    return [Step(b, now, after) for b, now, after in ends]
+
+
+def uniform_steps(low: float, high: float, steps: int) -> list[Step]:
+    """`steps` steps, uniform in log-SNR, from `low` to `high`."""
+    return steps_through([low + (high - low) * i / max(steps, 1) for i in range(steps + 1)])

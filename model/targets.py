@@ -1,197 +1,276 @@
-"""What a network is asked for, and how much an error counts at each noise level.
+"""Targets: what the network is asked for, and weights: how much an error of it counts.
 
-With alpha = sqrt(abar) and sigma = sqrt(1 - abar), u = alpha u_0 + sigma xi (both mollified alike,
-where they are mollified), a *target* is a linear combination of u_0 and xi, from which and from u
-the estimate of u_0 follows:
+With alpha^2 = abar = sigmoid(lambda), sigma^2 = 1 - abar and n the noise (A xi where it is
+mollified), u_t = alpha u_0 + sigma n. As everywhere here, what is observed is y = u_t / alpha.
 
-    epsilon          xi                                     (Ho et al., 2020; the papers)
-    v                alpha xi - sigma u_0                   (Salimans and Ho, 2022)
-    x0               u_0
-    preconditioned   (u_0 - c_skip u) / c_out               (Karras et al., 2022, Table 1)
+| target         | network's output       | x0_hat                  | output error^2 / x0 error^2 |
+| -------------- | ---------------------- | ----------------------- | --------------------------- |
+| epsilon        | n                      | y - (sigma / alpha) out | alpha^2 / sigma^2 = SNR     |
+| v              | alpha n - sigma u_0    | alpha^2 y - sigma out   | 1 / sigma^2 = SNR + 1       |
+| x0             | u_0                    | out                     | 1                           |
+| preconditioned | (u_0 - c_skip y)/c_out | c_skip y + c_out out    | 1 / c_out^2                 |
 
-The last has unit variance at every noise level, if u_0 has variance S and xi variance N: c_skip =
-alpha S / (alpha^2 S + sigma^2 N), c_out^2 = sigma^2 S N / (alpha^2 S + sigma^2 N). Reparametrising
-changes nothing but the target: an error e of x0_hat is an error of the target of e times a known
-factor, `error_scale`.
+So the same x0_hat has an output under every target, and losses differ by the last column only,
+`loss_gain`. A weight multiplies the squared error of the output; it is defined by what it does to
+the error of x0_hat or epsilon, whatever the target.
 
-A *weight* multiplies the squared error of the target:
-
-    simple       1
-    min-snr      min(SNR, 5) on the error of x0_hat (Hang et al., 2023)
-    variational  lambda_t = beta_t^2 / (2 beta~_t (1 - beta_t)(1 - abar_t)) on the error of xi
-                 (Theorem 1 of ∞-Brush), with 1000 steps of the schedule and beta at most 0.999.
-                 It is infinite at t = 1, where beta~ is zero, and is cut there to its value at
-                 t = 2.
+Everything is a pure function of tensors. log_snr has one value an image (or a point); images and
+points have further dimensions behind.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.schedule import STEPS, Schedule
-
-TargetName = Literal["epsilon", "v", "x0", "preconditioned"]
-WeightName = Literal["simple", "min-snr", "variational"]
-MIN_SNR_GAMMA = 5.0
-MOST_BETA = 0.999  # Nichol and Dhariwal (2021)
+from model.process import preconditioning_factors
+from model.schedule import Schedule, discrete_times
 
 
-@dataclass(frozen=True)
-class Level:
-    """The noise level of values: log-SNR, and the variances of u_0 and xi there.
-
-    Shapes broadcast to the values', so that cells of several sizes each have their own.
-    """
-
-    log_snr: Tensor
-    signal: Tensor | float = 1.0
-    noise: Tensor | float = 1.0
-
-    @property
-    def alpha(self) -> Tensor:
-        return torch.sigmoid(self.log_snr).sqrt()
-
-    @property
-    def sigma(self) -> Tensor:
-        return torch.sigmoid(-self.log_snr).sqrt()
+def _along(factor: Float[Tensor, "*b"], values: Float[Tensor, "*shape"]) -> Float[Tensor, "*more"]:
+    """The factor with the trailing dimensions of the values."""
+    return factor.view(*factor.shape, *(1 for _ in range(values.ndim - factor.ndim)))
 
 
 @runtime_checkable
 class Target(Protocol):
-    """One parametrisation of the estimate of u_0."""
+    """What the network estimates; leaves: `Epsilon`, `Velocity`, `Clean`, `Preconditioned`."""
+
+    def input_scale(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The factor of y with which the network sees it: alpha, which makes it u_t, or c_in."""
+        ...
 
     def of(
-        self, u_0: Float[Tensor, "*shape"], xi: Float[Tensor, "*shape"], at: Level
+        self,
+        clean: Float[Tensor, "*shape"],
+        noise: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        """What the network should give."""
+        """What the network should give for u_0 and n."""
         ...
 
-    def estimate(
-        self, out: Float[Tensor, "*shape"], u: Float[Tensor, "*shape"], at: Level
+    def to_estimate(
+        self,
+        output: Float[Tensor, "*shape"],
+        observed: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        """x0_hat, from what it gave and u."""
+        """x0_hat from the network's output and y."""
         ...
 
-    def error_scale(self, at: Level) -> Tensor:
-        """Error of the target over error of x0_hat, at the same u."""
+    def loss_gain(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Squared error of the output over that of x0_hat."""
         ...
 
 
+@dataclass(frozen=True)
 class Epsilon:
-    """xi; x0_hat = (u - sigma xi_hat) / alpha."""
+    """The noise itself (Ho et al., 2020); mollified where the process is (∞-Diff)."""
+
+    def input_scale(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.sigmoid(log_snr).sqrt()
 
     def of(
-        self, u_0: Float[Tensor, "*shape"], xi: Float[Tensor, "*shape"], at: Level
+        self,
+        clean: Float[Tensor, "*shape"],
+        noise: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        return xi
+        return noise
 
-    def estimate(
-        self, out: Float[Tensor, "*shape"], u: Float[Tensor, "*shape"], at: Level
+    def to_estimate(
+        self,
+        output: Float[Tensor, "*shape"],
+        observed: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        return (u - at.sigma * out) / at.alpha
+        return observed - _along(torch.exp(-log_snr / 2), output) * output
 
-    def error_scale(self, at: Level) -> Tensor:
-        return at.alpha / at.sigma
+    def loss_gain(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.exp(log_snr)
 
 
+@dataclass(frozen=True)
 class Velocity:
-    """alpha xi - sigma u_0; x0_hat = alpha u - sigma v_hat."""
+    """v (Salimans and Ho, 2022): the noise where there is little of it, else -u_0."""
+
+    def input_scale(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.sigmoid(log_snr).sqrt()
 
     def of(
-        self, u_0: Float[Tensor, "*shape"], xi: Float[Tensor, "*shape"], at: Level
+        self,
+        clean: Float[Tensor, "*shape"],
+        noise: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        return at.alpha * xi - at.sigma * u_0
+        alpha, sigma = (torch.sigmoid(sign * log_snr).sqrt() for sign in (1, -1))
+        return _along(alpha, noise) * noise - _along(sigma, clean) * clean
 
-    def estimate(
-        self, out: Float[Tensor, "*shape"], u: Float[Tensor, "*shape"], at: Level
+    def to_estimate(
+        self,
+        output: Float[Tensor, "*shape"],
+        observed: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        return at.alpha * u - at.sigma * out
+        kept = _along(torch.sigmoid(log_snr), observed) * observed
+        return kept - _along(torch.sigmoid(-log_snr).sqrt(), output) * output
 
-    def error_scale(self, at: Level) -> Tensor:
-        return 1 / at.sigma
+    def loss_gain(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.exp(log_snr) + 1
 
 
+@dataclass(frozen=True)
 class Clean:
     """u_0 itself."""
 
+    def input_scale(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.sigmoid(log_snr).sqrt()
+
     def of(
-        self, u_0: Float[Tensor, "*shape"], xi: Float[Tensor, "*shape"], at: Level
+        self,
+        clean: Float[Tensor, "*shape"],
+        noise: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        return u_0
+        return clean
 
-    def estimate(
-        self, out: Float[Tensor, "*shape"], u: Float[Tensor, "*shape"], at: Level
+    def to_estimate(
+        self,
+        output: Float[Tensor, "*shape"],
+        observed: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        return out
+        return output
 
-    def error_scale(self, at: Level) -> Tensor:
-        return torch.ones_like(at.log_snr)
+    def loss_gain(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.ones_like(log_snr)
 
 
+@dataclass(frozen=True)
 class Preconditioned:
-    """(u_0 - c_skip u) / c_out; x0_hat = c_skip u + c_out F."""
+    """F of `process` (Karras et al., 2022): unit variance as input, as output and in the loss.
+
+    signal, noise: their variances S and n, one number, or one for each value of log_snr (points of
+    several levels).
+    """
+
+    signal: float | Float[Tensor, "*b"]
+    noise: float | Float[Tensor, "*b"] = 1.0
+
+    def input_scale(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return preconditioning_factors(self.signal, self.noise, log_snr)[0]
 
     def of(
-        self, u_0: Float[Tensor, "*shape"], xi: Float[Tensor, "*shape"], at: Level
+        self,
+        clean: Float[Tensor, "*shape"],
+        noise: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        skip, out = self._factors(at)
-        return (u_0 - skip * (at.alpha * u_0 + at.sigma * xi)) / out
+        _, skip, out, _ = preconditioning_factors(self.signal, self.noise, log_snr)
+        observed = clean + _along(torch.exp(-log_snr / 2), noise) * noise
+        return (clean - _along(skip, observed) * observed) / _along(out, clean)
 
-    def estimate(
-        self, out: Float[Tensor, "*shape"], u: Float[Tensor, "*shape"], at: Level
+    def to_estimate(
+        self,
+        output: Float[Tensor, "*shape"],
+        observed: Float[Tensor, "*shape"],
+        log_snr: Float[Tensor, "*b"],
     ) -> Float[Tensor, "*shape"]:
-        skip, scale = self._factors(at)
-        return skip * u + scale * out
+        _, skip, out, _ = preconditioning_factors(self.signal, self.noise, log_snr)
+        return _along(skip, observed) * observed + _along(out, output) * output
 
-    def error_scale(self, at: Level) -> Tensor:
-        return 1 / self._factors(at)[1]
-
-    def _factors(self, at: Level) -> tuple[Tensor, Tensor]:
-        total = at.alpha**2 * at.signal + at.sigma**2 * at.noise
-        skip = at.alpha * at.signal / total
-        return skip, at.sigma * (at.signal * at.noise / total) ** 0.5
+    def loss_gain(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return preconditioning_factors(self.signal, self.noise, log_snr)[2].square().reciprocal()
 
 
-TARGETS: dict[str, Target] = {
-    "epsilon": Epsilon(),
-    "v": Velocity(),
-    "x0": Clean(),
-    "preconditioned": Preconditioned(),
-}
+TARGETS = ("epsilon", "v", "x0", "preconditioned")
 
 
-def make_target(name: str) -> Target:
-    """The target of a name."""
-    if name not in TARGETS:
-        raise ValueError(f"target {name!r} does not exist; choose one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+def make_target(
+    name: str,
+    signal: float | Float[Tensor, "*b"] | None = None,
+    noise: float | Float[Tensor, "*b"] = 1.0,
+) -> Target:
+    """A target by its name; `preconditioned` needs the variances of signal and noise."""
+    plain: dict[str, Target] = {"epsilon": Epsilon(), "v": Velocity(), "x0": Clean()}
+    if name in plain:
+        return plain[name]
+    if name == "preconditioned":
+        if signal is None:
+            raise ValueError("a preconditioned target needs the signal's variance")
+        return Preconditioned(signal, noise)
+    raise ValueError(f"target {name!r} does not exist; choose {', '.join(TARGETS)}")
 
 
-def loss_weight(
-    name: str, target: Target, schedule: Schedule, at: Level
-) -> Float[Tensor, "*shape"]:
-    """What the squared error of the target is multiplied by."""
+@runtime_checkable
+class Weight(Protocol):
+    """What the squared error of the network's output is multiplied by."""
+
+    def __call__(self, target: Target, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]: ...
+
+
+@dataclass(frozen=True)
+class Simple:
+    """1, whatever the target (Ho et al., 2020)."""
+
+    def __call__(self, target: Target, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.ones_like(log_snr)
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, gamma) on the error of x0_hat (Hang et al., 2023): divided by SNR for epsilon, by
+    SNR + 1 for v.
+    """
+
+    gamma: float = 5.0
+
+    def __call__(self, target: Target, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.exp(log_snr).clamp(max=self.gamma) / target.loss_gain(log_snr)
+
+
+@dataclass(frozen=True)
+class Variational:
+    """The papers' lambda_t on the error of epsilon: of the variational bound, at times 1 ... T,
+
+        lambda_t = beta_t^2 / ( 2 beta~_t (1 - beta_t) (1 - abar_t) )
+
+    at most `limit`. Of the published cosine schedule it is 0.003 at t = 500, infinite at t = 1 and
+    499 at t = 1000; the default limit cuts t = 1, 999 and 1000.
+    """
+
+    schedule: Schedule
+    steps: int = 1000
+    limit: float = 1.0
+
+    def table(self) -> Float[np.ndarray, " T"]:
+        """lambda_t before it is cut; index k is t = k + 1."""
+        times = discrete_times(self.schedule, self.steps)
+        below = 2 * times.posterior_beta * (1 - times.beta) * (1 - times.alpha_bar)
+        with np.errstate(divide="ignore"):
+            return times.beta**2 / below
+
+    def __call__(self, target: Target, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        time = torch.ceil(self.schedule.time(log_snr.double()) * self.steps - 1e-6)
+        index = time.long().clamp(1, self.steps) - 1
+        table = torch.from_numpy(self.table()).clamp(max=self.limit).to(log_snr)
+        return table[index] * torch.exp(log_snr) / target.loss_gain(log_snr)
+
+
+WEIGHTS = ("simple", "min-snr", "variational")
+
+
+def make_weight(name: str, schedule: Schedule | None = None) -> Weight:
+    """A weight by its name; `variational` needs the schedule whose times it weighs."""
     if name == "simple":
-        return torch.ones_like(at.log_snr)
+        return Simple()
     if name == "min-snr":
-        snr = torch.exp(at.log_snr).clamp_max(MIN_SNR_GAMMA)
-        return snr / target.error_scale(at) ** 2
+        return MinSNR()
     if name == "variational":
-        of_epsilon = variational_weight(schedule, at.log_snr)
-        return of_epsilon * (Epsilon().error_scale(at) / target.error_scale(at)) ** 2
-    raise ValueError(f"weight {name!r} does not exist; choose simple, min-snr or variational")
-
-
-def variational_weight(schedule: Schedule, log_snr: Tensor) -> Tensor:
-    """lambda_t of Theorem 1 at the step of the schedule that ends nearest, 2 <= t <= 1000."""
-    step = (schedule.time(log_snr.double()) * STEPS).round().clamp(2, STEPS)
-    now, before = (schedule.log_snr(t / STEPS) for t in (step, step - 1))
-    abar_before = torch.sigmoid(before)
-    noise, noise_before = torch.sigmoid(-now), torch.sigmoid(-before)
-    # 1 - abar / abar_before, without cancellation.
-    beta = ((noise - noise_before) / abar_before).clamp_max(MOST_BETA)
-    posterior = noise_before / noise * beta
-    return (beta.square() / (2 * posterior * (1 - beta) * noise)).to(log_snr.dtype)
+        if schedule is None:
+            raise ValueError("the variational weight needs the schedule whose times it weighs")
+        return Variational(schedule)
+    raise ValueError(f"weight {name!r} does not exist; choose {', '.join(WEIGHTS)}")

@@ -105,7 +105,8 @@ def make_plan(options: Pack) -> Plan:
         window=options.window,
         halo=options.halo,
     )
-    gaussian_taps(options.mollifier)
+    if options.mollifier:
+        gaussian_taps(options.mollifier)
     store = Store.open(options.store)
     regions = store.regions()
     if not regions:

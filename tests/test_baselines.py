@@ -17,7 +17,6 @@ from model.baselines import (
     PatchObjective,
     PatchPainter,
     between_tiles,
-    cosine_log_snr,
     slerp,
     window_starts,
 )
@@ -27,8 +26,7 @@ from model.family import make_denoiser, make_painter
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.lattice import Box
 from model.noise import NoiseTree
-from model.schedule import Uniform
-from model.solver import DDIM, steps_through
+from model.solver import DDIM, uniform_steps
 
 CONFIG = PatchConfig(
     channels=2,
@@ -261,17 +259,6 @@ def test_the_process_covers_every_octave_of_a_patch_from_drowned_to_clean() -> N
     assert (signal, noise) == (pytest.approx(sum(OCTAVES.signal)), 1.0)
 
 
-def test_noise_levels_follow_the_cosine_schedule_within_their_range() -> None:
-    low, high = -15.0, 8.0
-    time = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    found = cosine_log_snr(time, low, high)
-    assert found[0] == pytest.approx(low) and found[-1] == pytest.approx(high)
-    # sqrt(abar) = cos(pi t / 2) and its angle runs at constant speed.
-    angle = torch.acos(torch.sigmoid(found).sqrt())
-    torch.testing.assert_close(angle.diff(), angle.diff().mean().expand(1000))
-    assert (found.diff() > 0).all()
-
-
 def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_parts() -> None:
     objective, given_ = PatchObjective(denoiser()), condition((1, 1), batch=3)
     seeds, uniform = torch.tensor([5, 6, 7]), torch.tensor([0.1, 0.5, 0.9]).double()
@@ -323,7 +310,7 @@ def test_every_parameter_learns() -> None:
 def test_a_trajectory_is_painted_by_the_same_loop_whatever_the_tiles() -> None:
     net, given_ = denoiser(), condition((2, 3))
     low, high = net.octaves.log_snr_range()
-    steps = steps_through(Uniform(low, high), 3)
+    steps = uniform_steps(low, high, 3)
     painted = []
     for tile in (48, 20):
         fields = [ArrayField(np.zeros((2, 32, 48))) for _ in range(2)]

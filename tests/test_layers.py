@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("model", "pipeline", "conditioning", "jobs", "slurm")
-NUMPY_ONLY = ("model.lattice", "model.design")
+NUMPY_ONLY = ("model.lattice", "model.design", "model.mollifier")
 WITHOUT_TORCH = ("pipeline.ingest", "pipeline.export", "jobs.cli", "jobs.info", "jobs.doctor")
 
 

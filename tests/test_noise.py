@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.cells import Cells
 from model.lattice import Box
 from model.noise import NoiseSpectrum, NoiseTree
 from model.philox import philox_4x32
+from model.points import Points, full_lattice
 
 WHITE = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.0)
 FLOORED = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.005)
@@ -117,3 +119,79 @@ def test_noise_is_defined_beyond_2_to_the_31_pixels() -> None:
 def test_a_box_above_the_tree_is_refused() -> None:
     with pytest.raises(ValueError, match="above the tree's top level"):
         NoiseTree(WHITE, 1).box(0, Box(9, 0, 0, 1, 1))
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 8),
+    st.integers(-300, 300),
+    st.integers(-300, 300),
+    st.integers(1, 40),
+    st.sampled_from([WHITE, FLOORED]),
+)
+def test_sparse_cells_are_those_of_the_box(
+    level: int, y: int, x: int, count: int, spectrum: NoiseSpectrum
+) -> None:
+    tree, seeds = NoiseTree(spectrum, channels=2), torch.tensor([7, 2**40 + 3])
+    box = Box(level, y, x, 23, 19)
+    generator = torch.Generator().manual_seed(count)
+    image, rows, columns = (
+        torch.randint(most, (count,), generator=generator) for most in (2, 23, 19)
+    )
+    found = tree.cells(seeds, level, Cells(image, rows + y, columns + x)).float()
+    assert torch.equal(found, tree.boxes(seeds, box)[image, :, rows, columns])
+
+
+@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
+def test_points_of_mixed_levels_are_the_exact_means_of_their_fields(
+    spectrum: NoiseSpectrum,
+) -> None:
+    tree, seeds = NoiseTree(spectrum, channels=3), torch.tensor([1, 2])
+    sizes, generator = ((300, 500), (64, 1000)), torch.Generator().manual_seed(0)
+    parts = [full_lattice(*size, level=level) for size in sizes for level in (0, 2, 5, 6, 8)]
+    image = torch.cat([p.image + i // 5 for i, p in enumerate(parts)])
+    level, y, x = (torch.cat([getattr(p, n) for p in parts]) for n in ("level", "y", "x"))
+    points = Points(image, level, y, x, torch.tensor(sizes))
+    order = torch.randperm(len(points), generator=generator)[:3000]
+    found = tree.at(seeds, points.take(order))
+    for i, size in enumerate(sizes):
+        for depth in (0, 2, 5, 6, 8):
+            h, w = (-(-extent >> depth) for extent in size)
+            whole = tree.box(int(seeds[i]), Box(depth, 0, 0, h, w))
+            mine = (image[order] == i) & (level[order] == depth)
+            assert torch.equal(found[mine], whole[:, y[order][mine], x[order][mine]].T)
+
+
+def test_sparse_points_far_out_and_mistakes() -> None:
+    tree, far = NoiseTree(WHITE, 1), 2**33
+    sizes = torch.tensor([[far + 4, far + 4]])
+    zero, last = torch.zeros(2, dtype=torch.int64), torch.tensor([0, far + 3])
+    points = Points(zero, zero, last, last, sizes)
+    found = tree.at(torch.tensor([0]), points)
+    assert torch.equal(found[1], tree.box(0, Box(0, far + 3, far + 3, 1, 1))[:, 0, 0])
+    with pytest.raises(ValueError, match="2 seeds do not fit points of 1 images"):
+        tree.at(torch.tensor([0, 1]), points)
+    above = Points(zero, zero + 9, zero, zero, sizes)
+    with pytest.raises(ValueError, match="above the tree's top level"):
+        tree.at(torch.tensor([0]), above)
+    assert tree.at(torch.tensor([0]), points.take(torch.tensor([], dtype=torch.int64))).shape == (
+        0,
+        1,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
+def test_a_gpu_has_the_same_integers_and_normals(spectrum: NoiseSpectrum) -> None:
+    words = tuple(torch.randint(2**32, (4, 10_000), generator=torch.Generator().manual_seed(0)))
+    key = (words[0].flip(0), words[1].flip(0))
+    there = philox_4x32(tuple(w.cuda() for w in words), (key[0].cuda(), key[1].cuda()))
+    for word, other in zip(philox_4x32(words, key), there, strict=True):
+        assert torch.equal(word, other.cpu())
+    tree, seeds, box = NoiseTree(spectrum, 3), torch.tensor([5, 6]), Box(0, -7, 90, 300, 200)
+    here, there_ = tree.boxes(seeds, box), tree.boxes(seeds.cuda(), box).cpu()
+    torch.testing.assert_close(here, there_, atol=1e-6, rtol=0)
+    points = full_lattice(100, 70, batch=2)
+    far = tree.at(seeds.cuda(), points.to(torch.device("cuda"))).cpu()
+    torch.testing.assert_close(tree.at(seeds, points), far, atol=1e-6, rtol=0)

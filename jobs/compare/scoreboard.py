@@ -123,9 +123,10 @@ def _recipe(score: Mapping[str, Any]) -> str:
     recipe = score["recipe"]
     overlap = recipe.get("overlap")
     windows = "" if overlap is None else f", windows overlapping by {overlap:g} (published: 0.75)"
+    eta = f" with eta {recipe['eta']:g}" if "eta" in recipe else ""
     return (
         f"- {score['name']}: draws `{score['design']}`; {recipe['steps']} steps of "
-        f"{recipe['solver']}, guidance {recipe['guidance']:g}{windows}; train "
+        f"{recipe['solver']}{eta}, guidance {recipe['guidance']:g}{windows}; train "
         f"`{' '.join(score['options']['train'])}`"
     )
 

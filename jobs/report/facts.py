@@ -127,8 +127,8 @@ def painting_facts(painting: Painting, spec: StoreSpec) -> Facts:
         across = " × ".join(length(n, spacing, spec.unit) for n in (width, height))
         facts.append(("on the ground" if spec.unit == "m" else "in tissue", across))
     facts.append(("bands", ", ".join(spec.bands)))
-    names = {"solver": "solver", "steps": "steps", "guidance": "guidance", "seed": "seed"}
-    facts += [(label, number(recipe[key])) for key, label in names.items() if key in recipe]
+    names = ("solver", "eta", "steps", "guidance", "seed")
+    facts += [(name, number(recipe[name])) for name in names if name in recipe]
     facts.append(("weights", str(identity.get("checkpoint"))))
     if "seconds" in painting.record:
         facts.append(("painted in", seconds(float(painting.record["seconds"]))))
@@ -220,7 +220,7 @@ def sample_command(material: Material, painting: Painting) -> str:
     arguments += ["--scale", f"{2.0**-painting.level:g}"] if painting.level else []
     if len({number for row in identity.get("layout", []) for number in row}) > 1:
         arguments += ["--fill", "regions"]
-    for name in ("steps", "seed", "guidance", "solver", "overlap"):
+    for name in ("steps", "seed", "guidance", "solver", "eta", "overlap"):
         if name in recipe:
             arguments += [f"--{name}", str(recipe[name])]
     return _command(["jobs.sample", *arguments])

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from model.attention import Condition, TokenEncoder, Tokens
 from model.blocks import LevelEmbedding, zero_linear
-from model.mollified import MollifiedNoise
-from model.noise import NoiseTree
+from model.mollify import MollifiedNoise
+from model.noise import Noise, NoiseTree
 from model.operator_attention import AttentionSums
 from model.operators.contract import Backend
 from model.points import Points
@@ -33,7 +33,7 @@ from model.schedule import make_schedule
 from model.sparse.blocks import LatticeNet, PointBlock
 from model.sparse.config import SparseConfig
 from model.sparse.support import PointSupport, Support
-from model.targets import Level, make_target
+from model.targets import Target, make_target
 from model.wiener import wiener
 
 Part = AttentionSums | Splat
@@ -63,7 +63,8 @@ class Evaluation:
 
 
 class SparseOperatorDenoiser(nn.Module):
-    """What `config.target` asks for at points, from u_t there, a condition and the log-SNR.
+    """What `config.target` asks for at points, from y = u_t / sqrt(abar) there, a condition and
+    the log-SNR.
 
     backend: of the depthwise operators (see `operators.contract`); no parameter depends on it.
     """
@@ -73,8 +74,8 @@ class SparseOperatorDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.octaves, self.backend = config, octaves, backend
-        self.target = make_target(config.target)
-        self.schedule = make_schedule(config.schedule, octaves)
+        side_px = 1 << octaves.noise.top_level
+        self.schedule = make_schedule(config.schedule, side_px=side_px, octaves=octaves)
         self.noise = make_noise(config, octaves)
         self.tokens = TokenEncoder(
             config.token_dim, config.token_width, config.classes, config.vector_dim
@@ -117,10 +118,10 @@ class SparseOperatorDenoiser(nn.Module):
         return Evaluation(log_snr, self.embedding(log_snr), tokens, means, keep_features)
 
     def forward(
-        self, u: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
+        self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
     ) -> Float[Tensor, "n c"]:
         """The network's output at the points of a draw, which are all that there is."""
-        run = self.run(u, support, evaluation)
+        run = self.run(observed, support, evaluation)
         part = next(run)
         while True:
             try:
@@ -128,17 +129,21 @@ class SparseOperatorDenoiser(nn.Module):
             except StopIteration as end:
                 return end.value
 
-    def run(self, u: Float[Tensor, "n c"], support: Support, evaluation: Evaluation) -> Forward:
+    def run(
+        self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
+    ) -> Forward:
         """The forward over some points of an image, as a coroutine (see the module)."""
+        points = support.points
+        scale = self.target_at(points).input_scale(evaluation.log_snr[points.image])
         level = self.config.coarse_level
         encoded = evaluation.embedding, evaluation.tokens
-        x = self.observe(u) + self.scale(support.points.level)
+        x = self.observe(observed * scale[:, None]) + self.scale(points.level)
         skips = []
         for block in self.down:
             x = yield from block(x, support, *encoded)
             skips.append(x)
         lattice = yield support.to_lattice(x)
-        x = interpolate(lattice, support.points, level)
+        x = interpolate(lattice, points, level)
         for block, merge in zip(self.up, self.merge, strict=True):
             x = merge(torch.cat([x, skips.pop()], dim=-1))
             x = yield from block(x, support, *encoded)
@@ -152,23 +157,30 @@ class SparseOperatorDenoiser(nn.Module):
         log_snr: Float[Tensor, " b"],
     ) -> Float[Tensor, "n c"]:
         """What the network should give at points."""
-        return self.target.of(truth, noise, self.level_at(points, log_snr))
+        return self.target_at(points).of(truth, noise, log_snr[points.image])
 
     def estimate(
         self,
         out: Float[Tensor, "n c"],
-        u: Float[Tensor, "n c"],
+        observed: Float[Tensor, "n c"],
         points: Points,
         log_snr: Float[Tensor, " b"],
     ) -> Float[Tensor, "n c"]:
         """x0_hat from what the network gave."""
-        return self.target.estimate(out, u, self.level_at(points, log_snr))
+        return self.target_at(points).to_estimate(out, observed, log_snr[points.image])
 
-    def level_at(self, points: Points, log_snr: Float[Tensor, " b"]) -> Level:
-        """The noise level of points, whose cells may be of several sizes."""
+    def target_at(self, points: Points) -> Target:
+        """What is asked for at points, whose cells may be of several sizes."""
         variances = [self.octaves.variances(level) for level in range(self.config.coarse_level)]
-        signal, noise = torch.tensor(variances).to(log_snr)[points.level].unbind(dim=-1)
-        return Level(log_snr[points.image, None], signal[:, None], noise[:, None])
+        table = torch.tensor(variances, device=points.level.device).to(self.norm.weight.dtype)
+        signal, noise = table[points.level].unbind(dim=-1)
+        return make_target(self.config.target, signal, noise)
+
+    @property
+    def log_snr_range(self) -> tuple[float, float]:
+        """From drowned to clean in every octave, as far as the schedule goes."""
+        low, high = self.octaves.log_snr_range()
+        return max(low, self.schedule.low), min(high, self.schedule.high)
 
     def complete(self, total: Part, evaluation: Evaluation) -> Any:
         """What the sum of all contributions comes to: what `run` is sent."""
@@ -204,7 +216,7 @@ class SparseOperatorDenoiser(nn.Module):
         return tokens.at(index, ys.expand(b, -1), xs.expand(b, -1))
 
 
-def make_noise(config: SparseConfig, octaves: Octaves) -> NoiseTree | MollifiedNoise:
+def make_noise(config: SparseConfig, octaves: Octaves) -> Noise:
     """The process's noise: of the octaves' spectrum, smoothed where data are."""
     tree = NoiseTree(octaves.noise, config.channels)
     sigma = config.mollifier_sigma_px

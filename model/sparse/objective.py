@@ -14,8 +14,9 @@ from model.attention import Condition
 from model.draw import PointDraw
 from model.lattice import Box
 from model.philox import philox_4x32
+from model.schedule import draw_log_snr
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
-from model.targets import loss_weight
+from model.targets import make_weight
 
 KEEP_STREAM = 0xFEA7
 
@@ -28,6 +29,7 @@ class SparseObjective(nn.Module):
     def __init__(self, denoiser: SparseOperatorDenoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.weight = make_weight(denoiser.config.weight, denoiser.schedule)
 
     def forward(
         self,
@@ -41,17 +43,15 @@ class SparseObjective(nn.Module):
         """
         denoiser = self.denoiser
         points, truth = draw.points()
-        log_snr = denoiser.schedule.log_snr(1 - uniform)
+        log_snr = draw_log_snr(denoiser.schedule, uniform, *denoiser.log_snr_range)
         noise = denoiser.noise.at(seeds, points).to(truth)
-        at = log_snr[points.image, None]
-        u = torch.sigmoid(at).sqrt() * truth + torch.sigmoid(-at).sqrt() * noise
+        observed = truth + torch.exp(-log_snr[points.image, None] / 2) * noise
         means = self._means(draw, seeds, log_snr) if denoiser.config.means else None
         evaluation = denoiser.prepare(condition, log_snr, means, self._keep(seeds))
-        out = denoiser(u, denoiser.support(points), evaluation)
+        out = denoiser(observed, denoiser.support(points), evaluation)
         wanted = denoiser.wanted(truth, noise, points, log_snr)
-        level = denoiser.level_at(points, log_snr)
-        weight = loss_weight(denoiser.config.weight, denoiser.target, denoiser.schedule, level)
-        error = ((out - wanted).square() * weight).mean(dim=-1)
+        weight = self.weight(denoiser.target_at(points), log_snr[points.image])
+        error = (out - wanted).square().mean(dim=-1) * weight
         # Over the points that a draw has, absent ones too: every point counts alike, and the
         # loss of a batch is the mean of those of its parts, however ranks share it.
         most = torch.bincount(draw.cells[..., 0].flatten())

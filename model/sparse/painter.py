@@ -101,21 +101,26 @@ class SparsePainter:
         sums: Sequence[Any],
     ) -> Float[Tensor, "c h w"]:
         """x0_hat on all of a tile once every sum is known."""
-        flat = _flat(u)
-        out = self._go(flat, support, evaluation, sums)
+        observed = self._observed(u, evaluation)
+        out = self._go(observed, support, evaluation, sums)
         assert isinstance(out, Tensor)
-        x0 = self.denoiser.estimate(out, flat, support.points, evaluation.log_snr)
+        x0 = self.denoiser.estimate(out, observed, support.points, evaluation.log_snr)
         return x0.view(*u.shape[1:], -1).permute(2, 0, 1)
+
+    def _observed(self, u: Float[Tensor, "c h w"], evaluation: Evaluation) -> Float[Tensor, "n c"]:
+        """y = u_t / sqrt(abar), pixel by pixel."""
+        scale = (1 + torch.exp(-evaluation.log_snr)).sqrt()
+        return u.permute(1, 2, 0).flatten(0, 1) * scale
 
     def _go(
         self,
-        u: Float[Tensor, "n c"],
+        observed: Float[Tensor, "n c"],
         support: Support,
         evaluation: Evaluation,
         sums: Sequence[Any],
     ) -> Part | Tensor:
         """As far as the known sums carry: the part of the next sum, or the output."""
-        run = self.denoiser.run(u, support, evaluation)
+        run = self.denoiser.run(observed, support, evaluation)
         part = next(run)
         try:
             for total in sums:
@@ -127,11 +132,10 @@ class SparsePainter:
     def _sums(self, field: Field, evaluation: Evaluation) -> list[Any]:
         """Everything that `run` is sent, in order."""
         sums: list[Any] = []
-        subset = self._subset(field)
+        subset = self._subset(field, evaluation)
         while len(sums) < self.denoiser.num_sums:
             if subset is not None:
-                values, support = subset
-                total = self._go(values, support, evaluation, sums)
+                total = self._go(*subset, evaluation, sums)
             else:
                 total = self._sum_of_tiles(field, evaluation, sums)
             assert not isinstance(total, Tensor)
@@ -145,8 +149,8 @@ class SparsePainter:
         like = next(self.denoiser.parameters())
         for box in tiles(height, width, self.tile):
             support = self._support(field, box)
-            u = _flat(field.read(support.box).to(like))
-            part = self._go(u, support, evaluation, sums)
+            observed = self._observed(field.read(support.box).to(like), evaluation)
+            part = self._go(observed, support, evaluation, sums)
             if isinstance(part, Splat):
                 if total is None:
                     total = _nothing(part, height >> level, width >> level)
@@ -161,8 +165,10 @@ class SparsePainter:
     def _subsets(self) -> dict[tuple[int, int], Points]:
         return {}
 
-    def _subset(self, field: Field) -> tuple[Float[Tensor, "n c"], Support] | None:
-        """u_t at the keyed subset of the field's pixels; None where all are summed."""
+    def _subset(
+        self, field: Field, evaluation: Evaluation
+    ) -> tuple[Float[Tensor, "n c"], Support] | None:
+        """y at the keyed subset of the field's pixels; None where all are summed."""
         if self.denoiser.config.sums == "all":
             return None
         _, height, width = field.shape
@@ -177,7 +183,8 @@ class SparsePainter:
             values[inside] = field.read(box)[
                 :, points.y[inside] - box.y, points.x[inside] - box.x
             ].T
-        return values.to(like), self.denoiser.support(points.to(like.device))
+        observed = values.to(like) * (1 + torch.exp(-evaluation.log_snr)).sqrt()
+        return observed, self.denoiser.support(points.to(like.device))
 
     def _means(self, field: Field, log_snr: float) -> Means:
         like = next(self.denoiser.parameters())
@@ -202,7 +209,3 @@ def _nothing(like: Splat, height: int, width: int) -> Splat:
         part.new_zeros(1, height, width, part.shape[-1]) for part in (like.total, like.count)
     )
     return Splat(total, count)
-
-
-def _flat(u: Float[Tensor, "c h w"]) -> Float[Tensor, "n c"]:
-    return u.permute(1, 2, 0).flatten(0, 1)
