@@ -8,7 +8,7 @@ children
 
 so that the mean of the children *is* the parent. Started with independent means of variance 4^-top
 at the top level, the leaves are exactly iid N(0, 1): `white` noise. A cell's mean costs O(levels)
-calls; a window, a tile and the whole image hold the same values.
+calls; sparse points, a window, a tile and the whole image hold the same values.
 
 White noise is so small in the coarse octaves that the layout of an image would be decided in the
 last steps of a trajectory. `floored` noise (floor f > 0) is white inside the coarse cells, and its

@@ -157,6 +157,8 @@ def test_mistakes_are_sentences(
         (["--scale", "3"], "--scale takes 1, 0.5"),
         (["--tile", "33"], "not a multiple of the coarse cell"),
         (["--steps", "0"], "takes a positive number"),
+        (["--eta", "0.5"], "belongs to the solver ddim"),
+        (["--solver", "ddim", "--eta", "2"], "eta lies between 0"),
         (["--share", "2"], "--share takes K/N"),
         (["--share", "3/2"], "more than the last of 2 shares"),
     ):
