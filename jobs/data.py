@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conditioning.tokens import TokenScale, dihedral, to_condition, within
 from model.attention import Condition
-from model.objective import Draw
+from model.draw import WindowDraw
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import ABSENT, PackSet, RegionEntry
 
@@ -32,7 +32,7 @@ class Batch:
     seeds: noise fields. uniform: position of the noise level in its range, in [0, 1).
     """
 
-    draw: Draw
+    draw: WindowDraw
     condition: Condition
     seeds: Int64[Tensor, " b"]
     uniform: Float[Tensor, " b"]
@@ -147,11 +147,11 @@ class Batches:
         tokens = self.packs.tokens(entry)
         return Sample(drawn.lattice, drawn.windows, drawn.origins, tokens)
 
-    def _draw(self, samples: list[Sample]) -> Draw:
+    def _draw(self, samples: list[Sample]) -> WindowDraw:
         lattice, lattice_present = self._standardise(np.stack([s.lattice for s in samples]))
         windows, windows_present = self._standardise(np.stack([s.windows for s in samples]))
         origins = torch.from_numpy(np.stack([s.origins for s in samples]))
-        return Draw(lattice, lattice_present, windows, windows_present, origins)
+        return WindowDraw(lattice, lattice_present, windows, windows_present, origins)
 
     def _standardise(self, fixed: UInt16[np.ndarray, "*shape"]) -> tuple[Tensor, Tensor]:
         present = fixed[..., :1] != ABSENT

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from model.attention import Condition
 from model.coarse import make_unet, unet_time
 from model.config import PUBLISHED_OVERLAP, PatchConfig
+from model.draw import WindowDraw
 from model.generate import Field
 from model.lattice import Box
 from model.noise import NoiseTree
-from model.objective import Draw, mean_square
+from model.objective import mean_square
 from model.process import Octaves, precondition
 
 _PARALLEL = 1e-6
@@ -111,7 +112,7 @@ class PatchObjective(nn.Module):
 
     def forward(
         self,
-        draw: Draw,
+        draw: WindowDraw,
         condition: Condition,
         seeds: Int64[Tensor, " b"],
         uniform: Float[Tensor, " b"],

@@ -10,37 +10,14 @@ every cell does.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from model.attention import Condition
 from model.denoiser import Layer, PyramidDenoiser, crop
+from model.draw import WindowDraw
 from model.lattice import Box
 from model.noise import NoiseTree
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Standardised area means of a batch of images at the cells of a draw, zero where absent.
-
-    windows[:, :, l] and origins[:, :, l] belong to level l, 0 <= l < coarse level; origins are (y,
-    x) in cells of it.
-    """
-
-    lattice: Float[Tensor, "b hl wl c"]
-    lattice_present: Bool[Tensor, "b hl wl 1"]
-    windows: Float[Tensor, "b chains levels w w c"]
-    windows_present: Bool[Tensor, "b chains levels w w 1"]
-    origins: Int64[Tensor, "b chains levels 2"]
-
-    def to(self, device: torch.device) -> "Draw":
-        return Draw(
-            self.lattice.to(device),
-            self.lattice_present.to(device),
-            self.windows.to(device),
-            self.windows_present.to(device),
-            self.origins.to(device),
-        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +30,7 @@ class DrawNoise:
     windows: list[Float[Tensor, "n w w c"]]
 
 
-def draw_noise(tree: NoiseTree, seeds: Int64[Tensor, " b"], draw: Draw) -> DrawNoise:
+def draw_noise(tree: NoiseTree, seeds: Int64[Tensor, " b"], draw: WindowDraw) -> DrawNoise:
     """The fields named by `seeds` at the cells of `draw`; zero at window cells without a parent in
     the draw.
     """
@@ -88,7 +65,7 @@ class PyramidObjective(nn.Module):
 
     def forward(
         self,
-        draw: Draw,
+        draw: WindowDraw,
         condition: Condition,
         seeds: Int64[Tensor, " b"],
         uniform: Float[Tensor, " b"],
@@ -103,7 +80,7 @@ class PyramidObjective(nn.Module):
 
 def level_losses(
     denoiser: PyramidDenoiser,
-    draw: Draw,
+    draw: WindowDraw,
     noise: DrawNoise,
     log_snr: Float[Tensor, " b"],
     condition: Condition,

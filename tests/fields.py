@@ -9,9 +9,9 @@ from model.attention import Condition
 from model.config import PyramidConfig
 from model.denoiser import PyramidDenoiser, crop
 from model.design import Extent, ZoomDesign
+from model.draw import WindowDraw
 from model.haar import parent_means
 from model.noise import NoiseSpectrum
-from model.objective import Draw
 from model.process import Octaves
 
 CONFIG = PyramidConfig(
@@ -76,7 +76,7 @@ def levels_of(image: Float[Tensor, "b h w c"], coarse: int) -> list[Float[Tensor
     return levels
 
 
-def draw_of(image: Float[Tensor, "b h w c"], design: ZoomDesign, seed: int = 0) -> Draw:
+def draw_of(image: Float[Tensor, "b h w c"], design: ZoomDesign, seed: int = 0) -> WindowDraw:
     """The cells that `design` draws of images whose every cell is valid."""
     b, h, w, _ = image.shape
     levels = levels_of(image, design.coarse_level)
@@ -92,4 +92,6 @@ def draw_of(image: Float[Tensor, "b h w c"], design: ZoomDesign, seed: int = 0) 
         return torch.stack(parts, dim=1).unflatten(0, origins.shape[:2])
 
     present = [torch.ones_like(level[..., :1]) for level in levels]
-    return Draw(levels[-1], present[-1].bool(), windows(levels), windows(present).bool(), origins)
+    return WindowDraw(
+        levels[-1], present[-1].bool(), windows(levels), windows(present).bool(), origins
+    )

@@ -22,11 +22,11 @@ from model.baselines import (
     window_starts,
 )
 from model.config import PatchConfig, config_from_dict, preset
+from model.draw import WindowDraw
 from model.family import make_denoiser, make_painter
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.lattice import Box
 from model.noise import NoiseTree
-from model.objective import Draw
 from model.solver import DDIM, uniform_steps
 
 CONFIG = PatchConfig(
@@ -229,9 +229,9 @@ def test_what_cannot_be_painted_is_a_sentence() -> None:
         preset("tiny", channels=2, token_dim=6).overlap(0.5, 64, 64, level=0)
 
 
-def draw(batch: int) -> Draw:
+def draw(batch: int) -> WindowDraw:
     values = vectors(batch, 1, 1, 16, 16, 2)
-    return Draw(
+    return WindowDraw(
         vectors(batch, 2, 2, 2),
         torch.ones(batch, 2, 2, 1, dtype=torch.bool),
         values,
@@ -240,8 +240,10 @@ def draw(batch: int) -> Draw:
     )
 
 
-def part(whole_draw: Draw, i: int) -> Draw:
-    return Draw(*(getattr(whole_draw, f.name)[i : i + 1] for f in dataclasses.fields(Draw)))
+def part(whole_draw: WindowDraw, i: int) -> WindowDraw:
+    return WindowDraw(
+        *(getattr(whole_draw, f.name)[i : i + 1] for f in dataclasses.fields(WindowDraw))
+    )
 
 
 def test_the_process_covers_every_octave_of_a_patch_from_drowned_to_clean() -> None:

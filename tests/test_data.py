@@ -9,7 +9,7 @@ from chain import Chain
 
 from conditioning.tokens import TokenScale, fit, to_condition
 from jobs.data import Batches, Sample, turn
-from model.objective import Draw
+from model.draw import WindowDraw
 from pipeline.draws import RegionLevels
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import PackSet
@@ -28,10 +28,10 @@ def test_ranks_share_the_global_batch(chain: Chain) -> None:
     batches = Batches(PackSet.open(chain.packs), batch=4, seed=5)
     whole = batches.at(7)
     parts = [batches.at(7, rank, 2) for rank in range(2)]
-    joined = Draw(
+    joined = WindowDraw(
         *(
             torch.cat([getattr(part.draw, f.name) for part in parts])
-            for f in dataclasses.fields(Draw)
+            for f in dataclasses.fields(WindowDraw)
         )
     )
     assert equal(whole.draw, joined)

@@ -8,10 +8,11 @@ import torch
 from fields import CONFIG, DESIGN, OCTAVES, condition, denoiser, draw_of
 
 from model.denoiser import PyramidDenoiser, crop
+from model.draw import WindowDraw
 from model.haar import detail, repeat
 from model.lattice import Box
 from model.noise import NoiseTree
-from model.objective import Draw, DrawNoise, draw_noise, level_losses
+from model.objective import DrawNoise, draw_noise, level_losses
 from model.process import precondition
 
 
@@ -91,7 +92,9 @@ def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_parts() -> None:
     whole = level_losses(net, draw, draw_noise(tree, seeds, draw), log_snr, condition(2))
     parts = []
     for i in range(2):
-        part = Draw(*(getattr(draw, f.name)[i : i + 1] for f in dataclasses.fields(Draw)))
+        part = WindowDraw(
+            *(getattr(draw, f.name)[i : i + 1] for f in dataclasses.fields(WindowDraw))
+        )
         given = dataclasses.replace(condition(1), values=condition(2).values[i : i + 1])
         noise = draw_noise(tree, seeds[i : i + 1], part)
         parts.append(level_losses(net, part, noise, log_snr[i : i + 1], given))

@@ -18,10 +18,11 @@ from model.attention import Condition
 from model.config import preset
 from model.denoiser import PyramidDenoiser
 from model.design import Extent, ZoomDesign
+from model.draw import WindowDraw
 from model.generate import ArrayField, Painter
 from model.lattice import Box
 from model.noise import NoiseSpectrum, NoiseTree
-from model.objective import Draw, PyramidObjective
+from model.objective import PyramidObjective
 from model.process import Octaves
 
 REPEATS = 5
@@ -92,7 +93,7 @@ def test_a_training_step_is_flat_in_the_side_of_the_image() -> None:
         image = Extent(side, side)
         chains, cells = design.shape(image)[0], side // 32
         origins = torch.from_numpy(design.draw(image, (0,)))[None]
-        draw = Draw(
+        draw = WindowDraw(
             torch.randn(1, cells, cells, 3),
             torch.ones(1, cells, cells, 1, dtype=torch.bool),
             torch.randn(1, chains, 5, 48, 48, 3),
