@@ -18,9 +18,17 @@ from torch import Tensor
 
 from conditioning.tokens import TokenScale, dihedral, to_condition, within
 from model.attention import Condition
-from model.draw import WindowDraw
+from model.design import WindowDesign
+from model.draw import Draw, PointDraw, WindowDraw
 from pipeline.embeddings import TokenLattice
-from pipeline.packfile import ABSENT, PackSet, RegionEntry
+from pipeline.packfile import (
+    ABSENT,
+    Drawn,
+    DrawnPoints,
+    DrawnWindows,
+    PackSet,
+    RegionEntry,
+)
 
 PREFETCHED = 2
 
@@ -32,7 +40,7 @@ class Batch:
     seeds: noise fields. uniform: position of the noise level in its range, in [0, 1).
     """
 
-    draw: WindowDraw
+    draw: Draw
     condition: Condition
     seeds: Int64[Tensor, " b"]
     uniform: Float[Tensor, " b"]
@@ -50,28 +58,34 @@ class Batch:
 class Sample:
     """One pack, turned, still in numpy."""
 
-    lattice: UInt16[np.ndarray, "hl wl c"]
-    windows: UInt16[np.ndarray, "chains levels w w c"]
-    origins: Int64[np.ndarray, "chains levels 2"]
+    drawn: Drawn
     tokens: list[TokenLattice]
 
 
 def turn(sample: Sample, element: int, side_px: int) -> Sample:
     """A symmetry of the square: bit 2 transposes, then bits 0 and 1 mirror y and x."""
-    lattice, windows, origins = sample.lattice, sample.windows, sample.origins
-    levels, window = windows.shape[1:3]
-    extent = side_px >> np.arange(levels)
-    if element & 4:
-        lattice = lattice.swapaxes(0, 1)
-        windows, origins = windows.swapaxes(2, 3), origins[..., ::-1]
-    origins = origins.copy()
-    if element & 1:
-        lattice, windows = lattice[::-1], windows[:, :, ::-1]
-        origins[..., 0] = extent - origins[..., 0] - window
-    if element & 2:
-        lattice, windows = lattice[:, ::-1], windows[:, :, :, ::-1]
-        origins[..., 1] = extent - origins[..., 1] - window
-    return Sample(lattice, windows, origins, dihedral(sample.tokens, element, side_px))
+    drawn = sample.drawn
+    lattice = drawn.lattice.swapaxes(0, 1) if element & 4 else drawn.lattice
+    for axis in (0, 1):
+        lattice = np.flip(lattice, axis) if element & (1 << axis) else lattice
+    if isinstance(drawn, DrawnPoints):
+        cells = drawn.cells[:, [0, 2, 1]] if element & 4 else drawn.cells.copy()
+        for axis in (0, 1):
+            if element & (1 << axis):
+                cells[:, 1 + axis] = (side_px >> cells[:, 0]) - 1 - cells[:, 1 + axis]
+        turned: Drawn = DrawnPoints(lattice, drawn.values, cells)
+    else:
+        windows, origins = drawn.windows, drawn.origins.copy()
+        levels, window = windows.shape[1:3]
+        if element & 4:
+            windows, origins = windows.swapaxes(2, 3), origins[..., ::-1].copy()
+        for axis in (0, 1):
+            if element & (1 << axis):
+                windows = np.flip(windows, 2 + axis)
+                extent = side_px >> np.arange(levels)
+                origins[..., axis] = extent - origins[..., axis] - window
+        turned = DrawnWindows(lattice, windows, origins)
+    return Sample(turned, dihedral(sample.tokens, element, side_px))
 
 
 @dataclass(frozen=True)
@@ -123,16 +137,13 @@ class Batches:
             keep.append(bool(random.random() >= self.condition_dropout))
             element = int(random.integers(8)) if self.augment else 0
             sample = turn(self._sample(number), element, self.packs.settings.side_px)
-            view = self.packs.design.view(sample.origins)
-            if view is not None:
-                sample = replace(sample, tokens=within(sample.tokens, view))
-            samples.append(sample)
+            samples.append(self._in_view(sample))
         statistics = self.packs.statistics
         scale = TokenScale(
             np.array(statistics.token_mean, np.float32), np.array(statistics.token_std, np.float32)
         )
         return Batch(
-            self._draw(samples),
+            self._draw([sample.drawn for sample in samples]),
             to_condition([sample.tokens for sample in samples], scale, keep),
             torch.tensor(seeds, dtype=torch.int64),
             torch.tensor(uniform, dtype=torch.float32),
@@ -143,17 +154,31 @@ class Batches:
         order = _permutation(self.seed, number // pairs, pairs)
         region, pack = divmod(int(order[number % pairs]), self.packs.settings.packs_per_region)
         entry = self._entries[region]
-        drawn = self.packs.draw(entry, pack)
-        tokens = self.packs.tokens(entry)
-        return Sample(drawn.lattice, drawn.windows, drawn.origins, tokens)
+        return Sample(self.packs.draw(entry, pack), self.packs.tokens(entry))
 
-    def _draw(self, samples: list[Sample]) -> WindowDraw:
-        lattice, lattice_present = self._standardise(np.stack([s.lattice for s in samples]))
-        windows, windows_present = self._standardise(np.stack([s.windows for s in samples]))
-        origins = torch.from_numpy(np.stack([s.origins for s in samples]))
-        return WindowDraw(lattice, lattice_present, windows, windows_present, origins)
+    def _in_view(self, sample: Sample) -> Sample:
+        """The sample with the tokens that condition its draw."""
+        if not isinstance(sample.drawn, DrawnWindows):
+            return sample
+        assert isinstance(self.packs.design, WindowDesign)
+        view = self.packs.design.view(sample.drawn.origins)
+        return sample if view is None else replace(sample, tokens=within(sample.tokens, view))
 
-    def _standardise(self, fixed: UInt16[np.ndarray, "*shape"]) -> tuple[Tensor, Tensor]:
+    def _draw(self, drawn: list[Drawn]) -> Draw:
+        lattice, lattice_present = self._standardise([d.lattice for d in drawn])
+        points = [d for d in drawn if isinstance(d, DrawnPoints)]
+        if points:
+            values, present = self._standardise([d.values for d in points])
+            cells = torch.from_numpy(np.stack([d.cells for d in points]))
+            size_px = (self.packs.settings.side_px,) * 2
+            return PointDraw(lattice, lattice_present, values, present, cells, size_px)
+        windows = [d for d in drawn if isinstance(d, DrawnWindows)]
+        values, present = self._standardise([d.windows for d in windows])
+        origins = torch.from_numpy(np.stack([d.origins for d in windows]))
+        return WindowDraw(lattice, lattice_present, values, present, origins)
+
+    def _standardise(self, parts: list[UInt16[np.ndarray, "*shape"]]) -> tuple[Tensor, Tensor]:
+        fixed = np.stack(parts)
         present = fixed[..., :1] != ABSENT
         pixels = fixed.astype(np.float32) / self.packs.settings.value_scale
         values = self.packs.statistics.standardise(pixels) * present

@@ -1,8 +1,9 @@
 """python -m pipeline.pack: the random draws of training, done once.
 
-A few thousand windows and a lattice touch most chunks of a 4096^2 region in a tiled store, so
+65,536 random pixels touch every chunk of a 4096^2 region in a tiled store, nested windows most, so
 drawing them at training time would read 48 MiB to use a fraction of one. Packing reads every
-region once, in order, and writes many draws of it side by side (`pipeline.packfile`). A tar shard
+region once, in order, smooths it where that is asked for (smoothing needs neighbours, which a draw
+has not), and writes many draws of it side by side (`pipeline.packfile`). A tar shard
 and its side file are written under temporary names and renamed, shard by shard: the same command
 after a kill writes only what is missing.
 """
@@ -21,7 +22,7 @@ import webdataset
 
 from model.design import Design, Extent, make_design
 from pipeline import console
-from pipeline.draws import Energy, Moments, RegionLevels
+from pipeline.draws import Energy, Moments, RegionLevels, mollified
 from pipeline.packfile import (
     INDEX_NAME,
     PLAN_NAME,
@@ -34,6 +35,7 @@ from pipeline.packfile import (
 from pipeline.store import Region, Store
 
 SHARD_BYTES = 256 * 2**20
+MOST_SMOOTH_PX = 64.0
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,22 @@ class Pack:
     size_gb: float = 4.0
     """Most that auto may write, in GB."""
     design: str = "zoom"
-    """Which cells are drawn; zoom is the coarse lattice and chains of nested windows, patch (for
-    --preset patch of jobs.train) one embedded tile of pixels a draw."""
+    """Which cells are drawn. zoom: the coarse lattice and chains of nested windows. uniform:
+    random pixels, the draws of a region disjoint until it is used up. mixed: random pixels and
+    stacks of nested windows. sobol: pixels under a scrambled Sobol sequence. patch (for --preset
+    patch of jobs.train): one embedded tile of pixels a draw."""
     window: int | None = None
-    """Side of a window in cells; by default 48 for zoom and 256 for patch."""
+    """Side of a window in cells; by default 48 for zoom, 32 for mixed and 256 for patch."""
     halo: int | None = None
     """Cells at a window's rim that are not scored; for zoom at least the denoiser's halo, 6."""
+    lattice: bool | None = None
+    """Whether uniform, mixed or sobol draws hold the coarse lattice too, within --points; by
+    default only mixed ones do."""
+    uniform_part: float | None = None
+    """Least part of a mixed draw that is random pixels; 0.5 by default."""
+    mollifier: float = 0.0
+    """Smooth the pixels before the draw by a Gaussian of this many px; 0 does not, the papers'
+    is 1."""
     coarse_level: int = 5
     """Level of the coarse lattice: cells of 2^level pixels."""
     seed: int = 0
@@ -91,12 +103,24 @@ class Plan:
 
 def make_plan(options: Pack) -> Plan:
     """Resolve the options against the store."""
+    if not 1 <= options.coarse_level <= 8:
+        raise ValueError(
+            f"--coarse-level takes a level from 1 to 8 (cells of 2 to 256 px), not "
+            f"{options.coarse_level}"
+        )
+    if not 0.0 <= options.mollifier <= MOST_SMOOTH_PX:
+        raise ValueError(
+            f"--mollifier takes a width from 0 (none) to {MOST_SMOOTH_PX:g} px, not "
+            f"{options.mollifier:g}"
+        )
     design = make_design(
         options.design,
         points=options.points,
         coarse_level=options.coarse_level,
         window=options.window,
         halo=options.halo,
+        lattice=options.lattice,
+        uniform_part=options.uniform_part,
     )
     store = Store.open(options.store)
     regions = store.regions()
@@ -110,7 +134,7 @@ def make_plan(options: Pack) -> Plan:
             "ingest with a --region that does"
         )
     extent = Extent(side, side)
-    chains, levels = design.shape(extent)
+    cells = design.num_cells(extent)
     key = store.resolve_encoder(options.encoder)
     regions, lattices, token_values = _drawable(store, key, regions, design)
     if not any(region.split == "train" for region in regions):
@@ -119,11 +143,12 @@ def make_plan(options: Pack) -> Plan:
             "train split; ingest with a split that leaves some to learn from"
         )
     channels = len(store.spec.bands)
-    pack_bytes = 2 * channels * chains * levels * design.window**2
+    pack_bytes = 2 * channels * cells
     lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
     fixed_bytes = 2 * token_values + lattice_bytes + 4096
     wanted = design.draws_to_cover(extent)
     packs = _packs_per_region(options, wanted, len(regions), pack_bytes, fixed_bytes)
+    chosen = asdict(design)  # type: ignore[call-overload]
     settings = PackSettings(
         store=str(options.store),
         store_fingerprint=store.fingerprint(),
@@ -132,8 +157,8 @@ def make_plan(options: Pack) -> Plan:
         design=options.design,
         points=options.points,
         coarse_level=options.coarse_level,
-        window=design.window,
-        halo=design.halo,
+        window=chosen.get("window"),
+        halo=chosen.get("halo"),
         packs_per_region=packs,
         seed=options.seed,
         side_px=side,
@@ -141,6 +166,9 @@ def make_plan(options: Pack) -> Plan:
         spacing=store.spec.spacing,
         bands=store.spec.bands,
         dtype=store.spec.dtype,
+        lattice=chosen.get("lattice"),
+        uniform_part=chosen.get("uniform_part"),
+        mollifier_sigma_px=options.mollifier,
     )
     return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes)
 
@@ -199,12 +227,12 @@ def pack(options: Pack) -> int:
     settings = plan.settings
     total = plan.region_bytes * len(plan.regions)
     design, extent = settings.make_design(), Extent(settings.side_px, settings.side_px)
-    chains, levels = design.shape(extent)
+    smooth = settings.mollifier_sigma_px
     missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
     console.say_plan(
         f"pack: {len(plan.regions)} regions of {settings.side_px} px, "
         f"{settings.packs_per_region} draws each, {design.num_values(extent)} values a draw "
-        f"({chains * levels} windows of {design.window}x{design.window}), "
+        f"({design.describe(extent)}{f', smoothed by {smooth:g} px' if smooth else ''}), "
         f"tokens of {settings.encoder_key} at "
         f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {console.size(total)} "
         f"in {len(plan.shards)} shards",
@@ -287,14 +315,18 @@ def _sample(
     valid = np.ones((side, side), bool)
     if store.mask_kind(region.image) == "valid":
         valid = store.mask(region.image, region.y, region.x, side, side)
-    levels = RegionLevels.of(pixels, valid, settings.coarse_level)
+    scale, unit = settings.value_scale, 1
+    if settings.mollifier_sigma_px:
+        pixels = mollified(pixels, valid, settings.mollifier_sigma_px, scale)
+        unit = scale
+    levels = RegionLevels.of(pixels, valid, settings.coarse_level, unit)
     wanted = {footprint for footprint, _, _ in settings.lattices}
     lattices = sorted(
         (t for t in store.region_tokens(settings.encoder_key, region) if t.footprint_px in wanted),
         key=lambda lattice: lattice.footprint_px,
     )
     tokens = np.concatenate([t.values.reshape(-1, t.values.shape[2]) for t in lattices])
-    coarse = levels.lattice(settings.value_scale)
+    coarse = levels.lattice(scale)
     first_px = [(t.y_px, t.x_px) for t in lattices]
     sample: dict[str, Any] = {
         "__key__": f"{region.index:09d}",
@@ -305,9 +337,8 @@ def _sample(
     design = settings.make_design()
     extent = extent_of(side, lattices[0].footprint_px, first_px[0], coarse)
     for number in range(settings.packs_per_region):
-        origins = design.draw(extent, (settings.seed, region.index, number))
-        windows = levels.windows(origins, design.window, settings.value_scale)
-        sample[_pack_name(number)] = windows.tobytes()
+        key = (settings.seed, region.index, number)
+        sample[_pack_name(number)] = levels.values(design, extent, key, scale).tobytes()
     return sample, first_px, _measure(levels, tokens)
 
 

@@ -61,7 +61,7 @@ def test_a_turned_sample_is_the_sample_of_the_turned_region(chain: Chain, elemen
     entry, settings = packs.regions[0], packs.settings
     pixels = store.image(entry.image).read(entry.y, entry.x, 256, 256)
     drawn = packs.draw(entry, 0)
-    sample = Sample(drawn.lattice, drawn.windows, drawn.origins, packs.tokens(entry))
+    sample = Sample(drawn, packs.tokens(entry))
     turned = turn(sample, element, 256)
     image = pixels
     if element & 4:
@@ -71,10 +71,10 @@ def test_a_turned_sample_is_the_sample_of_the_turned_region(chain: Chain, elemen
     if element & 2:
         image = image[:, :, ::-1]
     levels = RegionLevels.of(image, np.ones((256, 256), bool), settings.coarse_level)
-    np.testing.assert_array_equal(turned.lattice, levels.lattice(settings.value_scale))
-    expected = levels.windows(turned.origins, settings.window, settings.value_scale)
-    np.testing.assert_array_equal(turned.windows, expected)
-    assert (turned.origins % 2 == 0).all()
+    np.testing.assert_array_equal(turned.drawn.lattice, levels.lattice(settings.value_scale))
+    expected = levels.windows(turned.drawn.origins, settings.window, settings.value_scale)
+    np.testing.assert_array_equal(turned.drawn.windows, expected)
+    assert (turned.drawn.origins % 2 == 0).all()
     # Tokens turn with the pixels: a token's place maps to where the same tile went.
     for before, after in zip(sample.tokens, turned.tokens, strict=True):
         marks = {}

@@ -1,8 +1,4 @@
-"""Designs: which cells of an image one training sample draws, never more than its budget of
-values.
-
-A draw is a number of chains of square windows, one window a level, level 0 (pixels) first, and a
-pure function of its key. Two leaves:
+"""Window designs: chains of square windows, one window a level, level 0 (pixels) first.
 
 The `patch` design, patch diffusion's, draws one window of 256 px a time, on the lattice of the
 tiles that were embedded, so that every patch has an embedding of its own. The draws of a region
@@ -22,92 +18,12 @@ out of the image keeps its size; its outer cells are absent and say so.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 
+from model.design.protocol import Extent
 from model.lattice import Box
-
-
-@dataclass(frozen=True)
-class Extent:
-    """An image as a design sees it.
-
-    present: which cells of the coarse lattice are wholly valid; None where all are. tiles_px:
-    corner (y, x) of the first embedded tile that lies wholly inside.
-    """
-
-    height_px: int
-    width_px: int
-    present: Bool[np.ndarray, "hl wl"] | None = None
-    tiles_px: tuple[int, int] = (0, 0)
-
-
-@runtime_checkable
-class Design(Protocol):
-    """Which cells are drawn.
-
-    window: side of a window in cells; halo: cells at its rim that are not scored. footprint_px:
-    the one size of token that conditions a draw, None where all do.
-    """
-
-    @property
-    def window(self) -> int: ...
-
-    @property
-    def halo(self) -> int: ...
-
-    @property
-    def coarse_level(self) -> int: ...
-
-    @property
-    def footprint_px(self) -> int | None: ...
-
-    def shape(self, image: Extent) -> tuple[int, int]:
-        """(chains, levels) of a draw; a `ValueError` where the image or the budget is too small
-        for one.
-        """
-        ...
-
-    def num_values(self, image: Extent) -> int:
-        """Cells that one draw holds, never more than the budget."""
-        ...
-
-    def fits(self, image: Extent) -> bool:
-        """Whether this image holds anything to draw; one that does not is left out."""
-        ...
-
-    def draws_to_cover(self, image: Extent) -> int:
-        """Draws that score as many pixels as the image has."""
-        ...
-
-    def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
-        """First cells (y, x) of the windows, in cells of their level; [:, l] is level l.
-
-        key: non-negative integers (seed, region, pack) that name this draw.
-        """
-        ...
-
-    def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
-        """The pixels whose tokens condition a draw; None for all of the image."""
-        ...
-
-
-def make_design(
-    name: str, *, points: int, coarse_level: int, window: int | None, halo: int | None
-) -> Design:
-    """The design of a name; None stands for its own default."""
-    if name == "patch":
-        return PatchDesign(points, coarse_level, PatchDesign.window if window is None else window)
-    if name == "zoom":
-        return ZoomDesign(
-            points,
-            coarse_level,
-            ZoomDesign.window if window is None else window,
-            ZoomDesign.halo if halo is None else halo,
-        )
-    raise ValueError(f"design {name!r} does not exist; choose zoom or patch")
 
 
 @dataclass(frozen=True)
@@ -122,9 +38,10 @@ class PatchDesign:
     points: int = 65_536
     coarse_level: int = 5
     window: int = 256
-    halo: int = 0
 
     LEAST_VALID = 0.5
+    halo = 0
+    lattice = False
 
     def __post_init__(self) -> None:
         if self.window % (1 << self.coarse_level) or self.window**2 > self.points:
@@ -146,8 +63,15 @@ class PatchDesign:
             )
         return 1, 1
 
-    def num_values(self, image: Extent) -> int:
+    def num_cells(self, image: Extent) -> int:
+        self.shape(image)
         return self.window**2
+
+    def num_values(self, image: Extent) -> int:
+        return self.num_cells(image)
+
+    def describe(self, image: Extent) -> str:
+        return f"one patch of {self.window}x{self.window}"
 
     def fits(self, image: Extent) -> bool:
         return len(self.places(image)) > 0
@@ -198,6 +122,8 @@ class ZoomDesign:
     window: int = 48
     halo: int = 6
 
+    lattice = True
+
     def __post_init__(self) -> None:
         if self.window % 2 or self.window < 4 * self.halo + 4:
             raise ValueError(
@@ -211,7 +137,7 @@ class ZoomDesign:
         return None
 
     def shape(self, image: Extent) -> tuple[int, int]:
-        lattice = self._lattice(image)
+        lattice = image.lattice_cells(self.coarse_level)
         number = (self.points - lattice) // (self.coarse_level * self.window**2)
         if number < 1:
             raise ValueError(
@@ -223,35 +149,53 @@ class ZoomDesign:
             )
         return number, self.coarse_level
 
-    def num_values(self, image: Extent) -> int:
+    def num_cells(self, image: Extent) -> int:
         chains, levels = self.shape(image)
-        return self._lattice(image) + chains * levels * self.window**2
+        return chains * levels * self.window**2
+
+    def num_values(self, image: Extent) -> int:
+        return image.lattice_cells(self.coarse_level) + self.num_cells(image)
+
+    def describe(self, image: Extent) -> str:
+        chains, levels = self.shape(image)
+        return f"{chains * levels} windows of {self.window}x{self.window} and the lattice"
 
     def fits(self, image: Extent) -> bool:
         return True
 
     def draws_to_cover(self, image: Extent) -> int:
         scored = self.shape(image)[0] * (self.window - 2 * self.halo) ** 2
-        return -(-(image.height_px * image.width_px) // scored)
+        return -(-image.pixels // scored)
 
     def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-        number, _ = self.shape(image)
-        origins = np.empty((number, self.coarse_level, 2), dtype=np.int64)
-        half = self.window // 2
-        for axis, extent in enumerate((image.height_px, image.width_px)):
-            child = random.integers(1 - half, extent // 2, size=number)
-            origins[:, 0, axis] = 2 * child
-            for level in range(1, self.coarse_level):
-                low = child + half + self.halo + 1 - self.window
-                high = child - self.halo - 1
-                first_even = -(-low // 2)
-                child = random.integers(first_even, high // 2 + 1, size=number)
-                origins[:, level, axis] = 2 * child
-        return origins
+        chains, levels = self.shape(image)
+        return nested_windows(image, chains, levels, self.window, self.halo, random)
 
     def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
         return None
 
-    def _lattice(self, image: Extent) -> int:
-        return (image.height_px >> self.coarse_level) * (image.width_px >> self.coarse_level)
+
+def nested_windows(
+    image: Extent,
+    chains: int,
+    levels: int,
+    window: int,
+    halo: int,
+    random: np.random.Generator,
+) -> Int64[np.ndarray, "chains levels 2"]:
+    """First cells of windows around random places, each inside its parent but for a halo and one
+    cell.
+    """
+    origins = np.empty((chains, levels, 2), dtype=np.int64)
+    half = window // 2
+    for axis, extent in enumerate((image.height_px, image.width_px)):
+        child = random.integers(1 - half, -(-extent // 2), size=chains)
+        origins[:, 0, axis] = 2 * child
+        for level in range(1, levels):
+            low = child + half + halo + 1 - window
+            high = child - halo - 1
+            first_even = -(-low // 2)
+            child = random.integers(first_even, high // 2 + 1, size=chains)
+            origins[:, level, axis] = 2 * child
+    return origins

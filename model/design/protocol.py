@@ -1,0 +1,112 @@
+"""What a design is: the two ways of drawing behind one protocol."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from model.lattice import Box
+
+
+@dataclass(frozen=True)
+class Extent:
+    """An image as a design sees it.
+
+    present: which cells of the coarse lattice are wholly valid; None where all are. tiles_px:
+    corner (y, x) of the first embedded tile that lies wholly inside.
+    """
+
+    height_px: int
+    width_px: int
+    present: Bool[np.ndarray, "hl wl"] | None = None
+    tiles_px: tuple[int, int] = (0, 0)
+
+    @property
+    def pixels(self) -> int:
+        return self.height_px * self.width_px
+
+    def lattice_cells(self, level: int) -> int:
+        """Cells of the coarse lattice, whose level is given."""
+        return (self.height_px >> level) * (self.width_px >> level)
+
+
+@runtime_checkable
+class Design(Protocol):
+    """Which cells are drawn.
+
+    footprint_px: the one size of token that conditions a draw, None where all do. lattice: whether
+    the coarse lattice is part of a draw; it counts against the budget then.
+    """
+
+    @property
+    def coarse_level(self) -> int: ...
+
+    @property
+    def footprint_px(self) -> int | None: ...
+
+    @property
+    def lattice(self) -> bool: ...
+
+    def num_cells(self, image: Extent) -> int:
+        """Cells that one draw holds beside the lattice; a `ValueError` where the image or the
+        budget is too small for one.
+        """
+        ...
+
+    def num_values(self, image: Extent) -> int:
+        """Cells that one draw holds, never more than the budget."""
+        ...
+
+    def fits(self, image: Extent) -> bool:
+        """Whether this image holds anything to draw; one that does not is left out."""
+        ...
+
+    def draws_to_cover(self, image: Extent) -> int:
+        """Draws that score as many pixels as the image has."""
+        ...
+
+    def describe(self, image: Extent) -> str:
+        """The cells of a draw in a few words."""
+        ...
+
+
+@runtime_checkable
+class WindowDesign(Design, Protocol):
+    """A design of chains of square windows, one window a level, level 0 (pixels) first.
+
+    window: side of a window in cells; halo: cells at its rim that are not scored.
+    """
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def halo(self) -> int: ...
+
+    def shape(self, image: Extent) -> tuple[int, int]:
+        """(chains, levels) of a draw."""
+        ...
+
+    def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
+        """First cells (y, x) of the windows, in cells of their level; [:, l] is level l.
+
+        key: non-negative integers (seed, region, pack) that name this draw.
+        """
+        ...
+
+    def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
+        """The pixels whose tokens condition a draw; None for all of the image."""
+        ...
+
+
+@runtime_checkable
+class PointDesign(Design, Protocol):
+    """A design of single cells, no two alike."""
+
+    def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
+        """(level, y, x), y and x in cells of that level.
+
+        key: as in `WindowDesign.draw`.
+        """
+        ...
