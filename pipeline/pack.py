@@ -63,16 +63,16 @@ class Pack:
     """Most that auto may write, in GB."""
     design: str = "zoom"
     """Which cells are drawn. zoom: the coarse lattice and chains of nested windows. uniform:
-    random pixels, the draws of a region disjoint until it is used up. mixed: random pixels and
-    stacks of nested windows. sobol: pixels under a scrambled Sobol sequence. patch (for --preset
-    patch of jobs.train): one embedded tile of pixels a draw."""
+    random pixels, disjoint from draw to draw until a region is used up. mixed: half random pixels,
+    half stacks of nested windows. sobol: pixels under a scrambled Sobol sequence. patch (for
+    --preset patch of jobs.train): one embedded tile of pixels a draw."""
     window: int | None = None
     """Side of a window in cells; by default 48 for zoom, 32 for mixed and 256 for patch."""
     halo: int | None = None
     """Cells at a window's rim that are not scored; for zoom at least the denoiser's halo, 6."""
-    lattice: bool | None = None
-    """Whether uniform, mixed or sobol draws hold the coarse lattice too, within --points; by
-    default only mixed ones do."""
+    lattice: bool = False
+    """Let uniform, mixed or sobol draws hold the coarse lattice too, within --points; zoom always
+    does."""
     uniform_part: float | None = None
     """Least part of a mixed draw that is random pixels; 0.5 by default."""
     mollifier: float = 0.0
@@ -166,7 +166,7 @@ def make_plan(options: Pack) -> Plan:
         spacing=store.spec.spacing,
         bands=store.spec.bands,
         dtype=store.spec.dtype,
-        lattice=chosen.get("lattice"),
+        lattice=chosen.get("lattice", False),
         uniform_part=chosen.get("uniform_part"),
         mollifier_sigma_px=options.mollifier,
     )

@@ -36,8 +36,9 @@ class PackSettings:
     stops.
 
     lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first. window,
-    halo, lattice, uniform_part: of the design, None where it has none. mollifier_sigma_px: of the
-    Gaussian that smoothed the pixels before the draw, 0 for none.
+    halo, uniform_part: of the design, None where it has none. lattice: whether draws of points
+    hold the lattice too. mollifier_sigma_px: of the Gaussian that smoothed the pixels before the
+    draw, 0 for none.
     """
 
     store: str
@@ -56,7 +57,7 @@ class PackSettings:
     spacing: float
     bands: tuple[str, ...]
     dtype: str
-    lattice: bool | None = None
+    lattice: bool = False
     uniform_part: float | None = None
     mollifier_sigma_px: float = 0.0
 

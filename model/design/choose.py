@@ -23,7 +23,7 @@ def make_design(
     coarse_level: int,
     window: int | None = None,
     halo: int | None = None,
-    lattice: bool | None = None,
+    lattice: bool = False,
     uniform_part: float | None = None,
 ) -> Design:
     """The design of a name; None stands for its own default."""
@@ -31,7 +31,12 @@ def make_design(
         raise ValueError(f"design {name!r} does not exist; choose one of {', '.join(DESIGNS)}")
     if points < 1:
         raise ValueError(f"--points takes a positive number, not {points}")
-    options = {"window": window, "halo": halo, "lattice": lattice, "uniform_part": uniform_part}
+    options = {
+        "window": window,
+        "halo": halo,
+        "lattice": lattice or None,
+        "uniform_part": uniform_part,
+    }
     given = {option: value for option, value in options.items() if value is not None}
     kind = DESIGNS[name]
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]

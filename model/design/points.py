@@ -17,6 +17,7 @@ equally likely then, whatever the size of the image.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ PIXELS_STREAM, WINDOWS_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
-class _Points:
+class _Points(ABC):
     """What point designs share.
 
     points: budget of values for one image. coarse_level: of the lattice; lattice: whether it is
@@ -49,8 +50,11 @@ class _Points:
     def fits(self, image: Extent) -> bool:
         return True
 
+    @abstractmethod
+    def num_cells(self, image: Extent) -> int: ...
+
     def num_values(self, image: Extent) -> int:
-        return self._budget(image) + self._lattice_cells(image)
+        return self.num_cells(image) + self._lattice_cells(image)
 
     def _lattice_cells(self, image: Extent) -> int:
         return image.lattice_cells(self.coarse_level) if self.lattice else 0
@@ -63,7 +67,7 @@ class _Points:
             raise ValueError(
                 f"{self.points} points cannot hold the {held} lattice cells of a "
                 f"{image.height_px}x{image.width_px} region and a point more; ask for --points "
-                f"{held + 1} or more, a higher --coarse-level or --no-lattice"
+                f"{held + 1} or more, a higher --coarse-level or no --lattice"
             )
         if cells > image.pixels:
             raise ValueError(
@@ -142,15 +146,14 @@ class MixedDesign(_Points):
     uniform_part: least part of the cells that are drawn uniformly, in (0, 1).
     """
 
-    lattice: bool = True
     window: int = 32
     uniform_part: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.window % 2 or self.window < 4:
+        if self.window % 2 or self.window < 6:
             raise ValueError(
                 f"a window of {self.window} cells cannot hold its child: it must be even and at "
-                "least 4 cells"
+                "least 6 cells"
             )
         if not 0.0 < self.uniform_part < 1.0:
             raise ValueError(

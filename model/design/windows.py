@@ -125,11 +125,11 @@ class ZoomDesign:
     lattice = True
 
     def __post_init__(self) -> None:
-        if self.window % 2 or self.window < 4 * self.halo + 4:
+        if self.window % 2 or self.window < 4 * self.halo + 6:
             raise ValueError(
                 f"a window of {self.window} cells with a halo of {self.halo} cannot hold its "
                 "child: "
-                f"it must be even and at least {4 * self.halo + 4} cells"
+                f"it must be even and at least {4 * self.halo + 6} cells"
             )
 
     @property
