@@ -96,12 +96,14 @@ class PackStatistics:
 
     def standardise(self, pixels: Float32[np.ndarray, "*n c"]) -> Float32[np.ndarray, "*n c"]:
         """Pixel values -> u."""
-        whiten = np.linalg.inv(np.array(self.colour)).T.astype(np.float32)
+        # In C order: numpy multiplies by a transposed view 40 times more slowly.
+        whiten = np.ascontiguousarray(np.linalg.inv(np.array(self.colour)).T, np.float32)
         return (pixels - np.array(self.mean, np.float32)) @ whiten
 
     def to_pixels(self, values: Float32[np.ndarray, "*n c"]) -> Float32[np.ndarray, "*n c"]:
         """u -> pixel values, neither rounded nor clipped."""
-        return values @ np.array(self.colour, np.float32).T + np.array(self.mean, np.float32)
+        colour = np.ascontiguousarray(np.array(self.colour).T, np.float32)
+        return values @ colour + np.array(self.mean, np.float32)
 
 
 @dataclass(frozen=True)
