@@ -122,6 +122,26 @@ def to_condition(
     )
 
 
+def with_labels(
+    condition: Condition,
+    classes: Sequence[str],
+    labels: Sequence[str | None],
+    keep: Sequence[bool],
+) -> Condition:
+    """The condition with the class of each image, where a model has `classes`; dropped where
+    `keep` is False, an image has none or one that was not trained.
+    """
+    if not classes:
+        return condition
+    numbers = {name: number for number, name in enumerate(classes)}
+    kept = [label in numbers and kept for label, kept in zip(labels, keep, strict=True)]
+    return replace(
+        condition,
+        labels=torch.tensor([numbers.get(label or "", 0) for label in labels]),
+        keep_label=torch.tensor(kept),
+    )
+
+
 def _centres(lattice: TokenLattice) -> Float32[np.ndarray, "n 2"]:
     rows, columns = np.mgrid[0 : lattice.values.shape[0], 0 : lattice.values.shape[1]]
     y = lattice.y_px + rows * lattice.footprint_px

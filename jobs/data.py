@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64, UInt16
 from torch import Tensor
 
-from conditioning.tokens import TokenScale, dihedral, to_condition, within
+from conditioning.tokens import TokenScale, dihedral, to_condition, with_labels, within
 from model.attention import Condition
 from model.design import WindowDesign
 from model.draw import Draw, PointDraw, WindowDraw
@@ -60,6 +60,7 @@ class Sample:
 
     drawn: Drawn
     tokens: list[TokenLattice]
+    label: str | None = None
 
 
 def turn(sample: Sample, element: int, side_px: int) -> Sample:
@@ -85,7 +86,7 @@ def turn(sample: Sample, element: int, side_px: int) -> Sample:
                 extent = side_px >> np.arange(levels)
                 origins[..., axis] = extent - origins[..., axis] - window
         turned = DrawnWindows(lattice, windows, origins)
-    return Sample(turned, dihedral(sample.tokens, element, side_px))
+    return Sample(turned, dihedral(sample.tokens, element, side_px), sample.label)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Batches:
     """The batches of a run.
 
     batch: size of the global batch. condition_dropout: how often a condition is dropped, for
-    classifier-free guidance. augment: whether samples are turned and mirrored.
+    classifier-free guidance; a label is dropped as often on its own, and in half of the samples
+    whose tokens are, so that guidance knows images without either. augment: whether samples are
+    turned and mirrored.
     """
 
     packs: PackSet
@@ -126,7 +129,7 @@ class Batches:
         """The slice of rank `rank` of `world` of the global batch of one step."""
         share = self.batch // world
         numbers = range(step * self.batch + rank * share, step * self.batch + (rank + 1) * share)
-        samples, seeds, uniform, keep = [], [], [], []
+        samples, seeds, uniform, keep, keep_label = [], [], [], [], []
         for number in numbers:
             random = np.random.Generator(
                 np.random.Philox(np.random.SeedSequence((self.seed, 1, number)))
@@ -136,15 +139,19 @@ class Batches:
             uniform.append((number % self.batch + random.random()) / self.batch)
             keep.append(bool(random.random() >= self.condition_dropout))
             element = int(random.integers(8)) if self.augment else 0
+            dropout = self.condition_dropout if keep[-1] else 0.5
+            keep_label.append(bool(random.random() >= dropout))
             sample = turn(self._sample(number), element, self.packs.settings.side_px)
             samples.append(self._in_view(sample))
         statistics = self.packs.statistics
         scale = TokenScale(
             np.array(statistics.token_mean, np.float32), np.array(statistics.token_std, np.float32)
         )
+        condition = to_condition([sample.tokens for sample in samples], scale, keep)
+        labels = [sample.label for sample in samples]
         return Batch(
             self._draw([sample.drawn for sample in samples]),
-            to_condition([sample.tokens for sample in samples], scale, keep),
+            with_labels(condition, self.packs.settings.classes, labels, keep_label),
             torch.tensor(seeds, dtype=torch.int64),
             torch.tensor(uniform, dtype=torch.float32),
         )
@@ -154,7 +161,7 @@ class Batches:
         order = _permutation(self.seed, number // pairs, pairs)
         region, pack = divmod(int(order[number % pairs]), self.packs.settings.packs_per_region)
         entry = self._entries[region]
-        return Sample(self.packs.draw(entry, pack), self.packs.tokens(entry))
+        return Sample(self.packs.draw(entry, pack), self.packs.tokens(entry), entry.label)
 
     def _in_view(self, sample: Sample) -> Sample:
         """The sample with the tokens that condition its draw."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from conditioning.tokens import fit, to_condition
+from conditioning.tokens import fit, to_condition, with_labels
 from jobs.painting import Recipe, paint
 from jobs.run import Run, RunConfig
 from model.family import make_painter
@@ -30,7 +30,8 @@ def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> 
     side = min(config.packs.side_px >> level, SIDE_PX)
     side_px = side << level
     tokens = fit(packs.tokens(entry), side_px, side_px)
-    condition = to_condition([tokens], config.token_scale(), [True]).to(device)
+    condition = to_condition([tokens], config.token_scale(), [True])
+    condition = with_labels(condition, config.packs.classes, [entry.label], [True]).to(device)
     denoiser = run.load_denoiser(device=device)
     recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=level)
     painter = make_painter(denoiser, condition, guidance=1.0, tile=side, level=level)

@@ -20,7 +20,7 @@ import tyro
 
 from conditioning.encoders import choose_device
 from conditioning.layout import Fill, condition_of, in_words, lay_out
-from conditioning.tokens import from_store, to_condition
+from conditioning.tokens import from_store, to_condition, with_labels
 from jobs.painting import SOLVERS, Recipe, paint, painting_seconds
 from jobs.run import Run, RunConfig
 from model.config import DenoiserConfig
@@ -60,6 +60,9 @@ class Sample:
     fill: Fill = "reflect"
     """What conditions the part of an image beyond its region: reflect mirrors the region's tokens,
     regions lays those of other regions beside it."""
+    label: str | None = None
+    """Class that the images are to be of, by its name; by default that of their region, if it has
+    one."""
     scale: float = 1.0
     """Resolution of the painted image over the training's: 1, 0.5, 0.25 or 0.125."""
     steps: int = 20
@@ -114,6 +117,7 @@ def make_plan(options: Sample, store: Store) -> Plan:
         )
     if options.scale not in SCALES:
         raise ValueError(f"--scale takes 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
+    _check_label(options.label, config)
     regions = store.regions()
     unknown = [k for k in options.region if not 0 <= k < len(regions)]
     if unknown:
@@ -144,6 +148,28 @@ def make_plan(options: Sample, store: Store) -> Plan:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
     tile = _tile(options.tile, device, config.denoiser)
     return Plan(config, tuple(chosen), recipe, (height, width), tile, device)
+
+
+def _check_label(label: str | None, config: RunConfig) -> None:
+    """A `ValueError` for a class that the run does not know."""
+    if label is None:
+        return
+    if not config.denoiser.classes:
+        raise ValueError(
+            f"--label {label} was asked for, but the run was trained without labels; ingest a CSV "
+            "with a column label, pack and train again, or leave --label out"
+        )
+    if label not in config.packs.classes:
+        raise ValueError(
+            f"--label {label} is none of the run's classes, which are "
+            f"{', '.join(config.packs.classes)}"
+        )
+
+
+def _label(options: Sample, store: Store, plan: Plan, region: Region) -> str | None:
+    """The class that an image is painted as; None where the run knows none for it."""
+    label = options.label or store.classes().get(region.image)
+    return label if label in plan.config.packs.classes else None
 
 
 def _size(text: str, side: int) -> tuple[int, int]:
@@ -257,6 +283,7 @@ def _identity(
         "region": asdict(region),
         "recipe": plan.recipe.to_json(),
         "size_px": list(plan.size_px),
+        "label": _label(options, store, plan, region),
         "layout": [[r.index for r in row] for row in _layout(options, store, plan, region)],
     }
 
@@ -295,10 +322,12 @@ def _paint(
         console.write_json_atomic(begun, identity)
     layout = _layout(options, store, plan, region)
     lattices = condition_of(partial(from_store, store, plan.config.packs), layout, plan.size_px)
-    condition = to_condition([lattices], plan.config.token_scale(), [True]).to(plan.device)
+    condition = to_condition([lattices], plan.config.token_scale(), [True])
+    label = _label(options, store, plan, region)
+    condition = with_labels(condition, plan.config.packs.classes, [label], [True])
     painter = make_painter(
         denoiser,
-        condition,
+        condition.to(plan.device),
         guidance=options.guidance,
         tile=plan.tile,
         level=recipe.level,

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from jobs.engine import Ranks, build, from_first_rank, joined
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, RunState
 from jobs.run import Run, RunConfig, SupersededError
-from model.config import preset
+from model.config import PyramidConfig, preset
 from model.family import Denoiser, make_denoiser, make_objective
 from pipeline import console
 from pipeline.packfile import PackSet
@@ -91,6 +91,8 @@ def make_config(options: Train, packs: PackSet) -> RunConfig:
         channels=len(settings.bands),
         token_dim=len(statistics.token_mean),
     )
+    if isinstance(denoiser, PyramidConfig):
+        denoiser = replace(denoiser, classes=len(settings.classes))
     denoiser.check_design(packs.design)
     free = {"packs", "run", "max_minutes", "save_every", "log_every", "dry_run"}
     training = {k: v for k, v in asdict(options).items() if k not in free}

@@ -28,7 +28,8 @@ class PyramidConfig:
     them from their parents. lattice_width: features that the U-Net hands down. lattice_patch:
     cells a side that it takes as one. unet_widths: channels at its resolutions. unet_attention:
     how many of them, from the coarsest, attend to the tokens. unet_layers, unet_head_dim,
-    unet_groups: layers a resolution, width of a head, groups of GroupNorm.
+    unet_groups: layers a resolution, width of a head, groups of GroupNorm. classes: how many
+    labels an image may have.
     """
 
     channels: int
@@ -47,6 +48,7 @@ class PyramidConfig:
     unet_layers: int = 1
     unet_head_dim: int = 32
     unet_groups: int = 16
+    classes: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.widths) == len(self.blocks) == self.coarse_level:
@@ -127,6 +129,11 @@ class PatchConfig:
                 f"a patch of {self.patch_px} px must be a power of two and a multiple of "
                 f"{multiple} px, the coarsest place of its U-Net"
             )
+
+    @property
+    def classes(self) -> int:
+        """Patches know no labels."""
+        return 0
 
     @property
     def cell_px(self) -> int:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,6 +115,7 @@ def ingest(options: Options) -> int:
     with hold_lock(out / LOCK_NAME):
         store = store or Store.create(out, plan.spec, {"program": "pipeline.ingest"})
         _sweep(store, plan, missing)
+        _relabel(store, plan, done)
         for failure in plan.failures:
             store.write_image_state(
                 failure.image_id,
@@ -212,6 +213,14 @@ def _sweep(store: Store, plan: Plan, missing: Sequence[object]) -> None:
     for name, state in store.image_states().items():
         if state["state"] == "failed" and state["source"] in paths:
             store.remove_image_state(name)
+
+
+def _relabel(store: Store, plan: Plan, done: Set[str]) -> None:
+    """Record the classes that a CSV now gives to images which were brought in before."""
+    for job in plan.jobs:
+        state = store.image_state(job.image_id) if job.image_id in done else None
+        if state is not None and job.source.label not in (None, state.get("label")):
+            store.write_image_state(job.image_id, {**state, "label": job.source.label})
 
 
 def _write_log(store: Store) -> None:

@@ -31,6 +31,7 @@ from pipeline.packfile import (
     RegionEntry,
     extent_of,
     index_content,
+    tuples_from_json,
 )
 from pipeline.store import Region, Store
 
@@ -88,11 +89,12 @@ class Pack:
 
 @dataclass(frozen=True)
 class Plan:
-    """A pack command, resolved."""
+    """A pack command, resolved; `labels` are the classes of images."""
 
     settings: PackSettings
     regions: tuple[Region, ...]
     region_bytes: int
+    labels: dict[str, str]
 
     @property
     def shards(self) -> list[tuple[Region, ...]]:
@@ -149,6 +151,8 @@ def make_plan(options: Pack) -> Plan:
     wanted = design.draws_to_cover(extent)
     packs = _packs_per_region(options, wanted, len(regions), pack_bytes, fixed_bytes)
     chosen = asdict(design)  # type: ignore[call-overload]
+    labels = store.classes()
+    trained = {region.image for region in regions if region.split == "train"}
     settings = PackSettings(
         store=str(options.store),
         store_fingerprint=store.fingerprint(),
@@ -169,8 +173,9 @@ def make_plan(options: Pack) -> Plan:
         lattice=chosen.get("lattice", False),
         uniform_part=chosen.get("uniform_part"),
         mollifier_sigma_px=options.mollifier,
+        classes=tuple(sorted({labels[image] for image in trained & set(labels)})),
     )
-    return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes)
+    return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes, labels)
 
 
 def _packs_per_region(
@@ -260,7 +265,8 @@ def _claim(out: Path, settings: PackSettings) -> None:
     recorded = out / PLAN_NAME
     wanted = json.loads(json.dumps(asdict(settings)))
     if recorded.is_file():
-        there = json.loads(recorded.read_text())
+        there = asdict(PackSettings(**tuples_from_json(json.loads(recorded.read_text()))))
+        there = json.loads(json.dumps(there))
         for name, value in wanted.items():
             if there.get(name) != value and name != "store":
                 raise ValueError(
@@ -287,9 +293,10 @@ def _write_shard(store: Store, plan: Plan, out: Path, number: int) -> None:
     moments: dict[str, Any] = {}
     with webdataset.TarWriter(str(temporary), mtime=0, user="", group="") as shard:
         for region in plan.shards[number]:
-            sample, first_px, measured = _sample(store, settings, region)
+            label = plan.labels.get(region.image)
+            sample, first_px, measured = _sample(store, settings, region, label)
             shard.write(sample)
-            entries.append({**asdict(region), "first_px": first_px})
+            entries.append({**asdict(region), "label": label, "first_px": first_px})
             moments[str(region.index)] = measured
     offsets = _member_offsets(temporary)
     for entry in entries:
@@ -306,7 +313,7 @@ def _pack_name(pack: int) -> str:
 
 
 def _sample(
-    store: Store, settings: PackSettings, region: Region
+    store: Store, settings: PackSettings, region: Region, label: str | None
 ) -> tuple[dict[str, Any], list[tuple[float, float]], dict[str, Any]]:
     """One region as a WebDataset sample, the places of its tokens, and its moments."""
     side = region.side
@@ -330,7 +337,7 @@ def _sample(
     first_px = [(t.y_px, t.x_px) for t in lattices]
     sample: dict[str, Any] = {
         "__key__": f"{region.index:09d}",
-        "json": json.dumps(asdict(region)).encode(),
+        "json": json.dumps({**asdict(region), "label": label}).encode(),
         "tokens.npy": _npy(tokens),
         "coarse.npy": _npy(coarse),
     }
@@ -399,6 +406,7 @@ def _write_index(out: Path, plan: Plan) -> None:
                     shard=_shard_name(number),
                     first_px=tuple(tuple(place) for place in item["first_px"]),
                     offsets=tuple(tuple(place) for place in item["offsets"]),
+                    label=item.get("label"),
                 )
             )
             if item["split"] == "train":

@@ -1,10 +1,10 @@
 """Pixel packs at rest: WebDataset tar shards and an index of offsets.
 
-One sample of a shard is one region: `KEY.json` (place, valid fraction), `KEY.tokens.npy` (once,
-not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`, `KEY.p01.bin`
-..., one draw each: the values of its cells, of windows in the order (chain, level, y, x, channel),
-of points in the order of the design. KEY is an integer. Any WebDataset reader can stream a shard;
-random access takes a few ranges of it through the index.
+One sample of a shard is one region: `KEY.json` (place, valid fraction, label), `KEY.tokens.npy`
+(once, not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`,
+`KEY.p01.bin` ..., one draw each: the values of its cells, of windows in the order (chain, level,
+y, x, channel), of points in the order of the design. KEY is an integer. Any WebDataset reader can
+stream a shard; random access takes a few ranges of it through the index.
 
 Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
 are kept to 1/256 of a grey level. 65,535 marks a cell that is absent: outside the image, or not
@@ -38,7 +38,8 @@ class PackSettings:
     lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first. window,
     halo, uniform_part: of the design, None where it has none. lattice: whether draws of points
     hold the lattice too. mollifier_sigma_px: of the Gaussian that smoothed the pixels before the
-    draw, 0 for none.
+    draw, 0 for none. classes: the labels that training regions have, sorted; a label's number is
+    its place here.
     """
 
     store: str
@@ -60,6 +61,7 @@ class PackSettings:
     lattice: bool = False
     uniform_part: float | None = None
     mollifier_sigma_px: float = 0.0
+    classes: tuple[str, ...] = ()
 
     def make_design(self) -> Design:
         return make_design(
@@ -112,7 +114,7 @@ class RegionEntry:
 
     key: its number in the store's region table. offsets: (start, length) in bytes of its tokens,
     its lattice and its packs, in this order, in `shard`. first_px: (y, x) of the first token's
-    centre, for each lattice.
+    centre, for each lattice. label: the class of its image, if it was given one.
     """
 
     key: int
@@ -123,6 +125,7 @@ class RegionEntry:
     shard: str
     first_px: tuple[tuple[float, float], ...]
     offsets: tuple[tuple[int, int], ...]
+    label: str | None = None
 
 
 def extent_of(

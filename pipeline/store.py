@@ -121,6 +121,11 @@ class Store(Embeddings):
         item = self.path / "states" / f"{image_id}.json"
         return json.loads(item.read_text()) if item.is_file() else None
 
+    def classes(self) -> dict[str, str]:
+        """The class of every image that was given one (the column `label` of ingest's CSV)."""
+        states = self.image_states()
+        return {name: s["label"] for name, s in states.items() if s.get("label")}
+
     def write_image_state(self, image_id: str, state: Mapping[str, Any]) -> None:
         """Record how an image ended."""
         write_json_atomic(self.path / "states" / f"{image_id}.json", dict(state))
@@ -210,8 +215,13 @@ class Store(Embeddings):
         temporary.replace(self.path / "regions.parquet")
 
     def fingerprint(self) -> str:
-        """A hash of the specification and the region table: what was made from a store names the
-        store by it.
+        """A hash of the specification, the region table and the classes: what was made from a
+        store names the store by it.
         """
-        content = {"spec": asdict(self.spec), "regions": [asdict(r) for r in self.regions()]}
+        content: dict[str, Any] = {
+            "spec": asdict(self.spec),
+            "regions": [asdict(r) for r in self.regions()],
+        }
+        if classes := self.classes():
+            content["classes"] = classes
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -56,7 +56,6 @@ def open_template(store_path: Path, job: ImageJob) -> OmeImage:
         "native_spacing": job.native_spacing,
         "spacing_source": job.spacing_source,
         "patient": source.patient,
-        "label": source.label,
     }
     image = OmeImage.create(
         store.image_path(job.image_id),

@@ -1,11 +1,45 @@
-"""Laws of conditions: where tokens are read, and that a dropped condition says nothing."""
+"""Laws of conditions: where tokens are read, and that a dropped source says nothing."""
 
 import dataclasses
+from typing import Any
 
+import pytest
 import torch
 from fields import condition, denoiser
+from torch import Tensor
 
-from model.attention import look_up
+from model.attention import Condition, Source, TokenEncoder, look_up
+
+KEEPS: dict[Source, str] = {"tokens": "keep", "label": "keep_label", "vector": "keep_vector"}
+
+
+def three_sources(batch: int = 3) -> Condition:
+    generator = torch.Generator().manual_seed(4)
+    kept = torch.ones(batch, dtype=torch.bool)
+    return dataclasses.replace(
+        condition(batch),
+        labels=torch.arange(batch) % 4,
+        keep_label=kept,
+        vector=torch.randn(batch, 5, dtype=torch.float64, generator=generator),
+        keep_vector=kept,
+    )
+
+
+def encoder(num_classes: int = 4, vector_dim: int = 5) -> TokenEncoder:
+    torch.manual_seed(7)
+    net = TokenEncoder(6, 8, num_classes, vector_dim).double().requires_grad_(False)
+    for parameter in net.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter)
+    return net
+
+
+def other(given: Condition, source: Source) -> dict[str, Any]:
+    """Another content of one source."""
+    if source == "tokens":
+        return {"values": given.values + 1}
+    assert given.labels is not None and given.vector is not None
+    return {"labels": 3 - given.labels} if source == "label" else {"vector": given.vector + 1}
 
 
 def test_look_up_is_exact_on_linear_lattices_and_not_transposed() -> None:
@@ -62,3 +96,82 @@ def test_the_order_of_attended_tokens_does_not_matter() -> None:
 
     torch.testing.assert_close(estimate([0, 1, 2, 3]), estimate([2, 0, 3, 1]))
     assert not torch.allclose(estimate([0, 1, 2, 3]), estimate([0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("source", KEEPS)
+def test_a_dropped_source_says_nothing_and_changes_no_other(source: Source) -> None:
+    """Its content no longer matters, that of the others does; images that keep it see no change,
+    and neither do the tokens of the other sources.
+    """
+    net, given = encoder(), three_sources()
+    changed = dataclasses.replace(given, **other(given, source))
+    assert not torch.allclose(net(given)[1], net(changed)[1])
+    dropped = net(given.without(source))
+    for found, expected in zip(net(changed.without(source)), dropped, strict=True):
+        assert torch.equal(found, expected)
+    for rest in KEEPS:
+        if rest != source:
+            again = net(dataclasses.replace(given, **other(given, rest)).without(source))
+            assert not torch.allclose(again[1], dropped[1])
+    whole, places = net(given)[0], given.values.shape[1]
+    own = {"tokens": slice(0, places), "label": places, "vector": places + 1}
+    for rest, where in own.items():
+        same = torch.equal(dropped[0][:, where], whole[:, where])
+        assert same == (rest != source)
+    once = torch.tensor([True, False, True])
+    part = net(dataclasses.replace(given, **{KEEPS[source]: once}))
+    for found, kept, none in zip(part, net(given), dropped, strict=True):
+        torch.testing.assert_close(found[once], kept[once])
+        torch.testing.assert_close(found[~once], none[~once])
+
+
+def test_a_wholly_dropped_condition_is_one_that_has_nothing() -> None:
+    """Labels and vectors that are not given are the same as dropped ones."""
+    net, given = encoder(), three_sources()
+    bare = dataclasses.replace(
+        given, labels=None, keep_label=None, vector=None, keep_vector=None
+    ).without("tokens")
+    for found, expected in zip(net(given.dropped()), net(bare), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_label_and_a_vector_are_each_a_token_and_part_of_the_lattice() -> None:
+    """A place reads them from the lattice, whatever else it reads; images know only their own."""
+    net, given = encoder(), three_sources()
+    plain = encoder(0, 0)
+    assert set(plain.state_dict()) == {
+        *("null", "content.weight", "content.bias", "place.weight", "place.bias")
+    }
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict()})
+    bare = dataclasses.replace(given, labels=None, keep_label=None, vector=None, keep_vector=None)
+    attended, lattice = net(given)
+    attended_bare, lattice_bare = plain(bare)
+    places = given.values.shape[1]
+    assert torch.equal(attended[:, :places], attended_bare)
+    added = attended[:, places:].sum(dim=1)[:, :, None, None].expand_as(lattice)
+    torch.testing.assert_close(lattice - lattice_bare, added)
+
+    def changed(name: str, number: int) -> Tensor:
+        value = getattr(given, name).clone()
+        value[number] = 3 if name == "labels" else 1.5
+        difference = net(dataclasses.replace(given, **{name: value}))[1] - lattice
+        return difference.flatten(1).abs().amax(dim=1) > 0
+
+    assert changed("labels", 1).tolist() == [False, True, False]
+    assert changed("vector", 2).tolist() == [False, False, True]
+
+
+def test_sources_that_do_not_fit_get_a_sentence() -> None:
+    given, ones = three_sources(), torch.ones(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="given to a model that was trained without"):
+        encoder(0, 5)(given)
+    with pytest.raises(ValueError, match="global vectors were given to a model"):
+        encoder(4, 0)(given)
+    with pytest.raises(ValueError, match="a model of 2 classes, whose numbers are 0 to 1"):
+        encoder(2, 5)(given)
+    with pytest.raises(ValueError, match="5 numbers was given to a model that takes 6"):
+        encoder(4, 6)(given)
+    with pytest.raises(ValueError, match="given together or not at all"):
+        dataclasses.replace(given, keep_vector=None)
+    with pytest.raises(ValueError, match="3 images has 2 labels"):
+        dataclasses.replace(given, labels=torch.zeros(2).long(), keep_label=ones)
