@@ -18,9 +18,8 @@ from torch import Tensor
 
 from conditioning.tokens import TokenScale, dihedral, to_condition, with_labels, within
 from model.attention import Condition
-from model.design import PointDesign
+from model.design import WindowDesign
 from model.draw import Draw, PointDraw, WindowDraw
-from model.lattice import Box
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import (
     ABSENT,
@@ -67,49 +66,27 @@ class Sample:
 def turn(sample: Sample, element: int, side_px: int) -> Sample:
     """A symmetry of the square: bit 2 transposes, then bits 0 and 1 mirror y and x."""
     drawn = sample.drawn
-    drawn = replace(drawn, lattice=_turn_square(drawn.lattice, element))
+    lattice = drawn.lattice.swapaxes(0, 1) if element & 4 else drawn.lattice
+    for axis in (0, 1):
+        lattice = np.flip(lattice, axis) if element & (1 << axis) else lattice
     if isinstance(drawn, DrawnPoints):
-        cells = _turn_cells(drawn.cells, element, side_px)
-        drawn = replace(drawn, cells=cells)
+        cells = drawn.cells[:, [0, 2, 1]] if element & 4 else drawn.cells.copy()
+        for axis in (0, 1):
+            if element & (1 << axis):
+                cells[:, 1 + axis] = (side_px >> cells[:, 0]) - 1 - cells[:, 1 + axis]
+        turned: Drawn = DrawnPoints(lattice, drawn.values, cells)
     else:
-        drawn = _turn_windows(drawn, element, side_px)
-    return replace(sample, drawn=drawn, tokens=dihedral(sample.tokens, element, side_px))
-
-
-def _turn_square(lattice: UInt16[np.ndarray, "h w c"], element: int) -> np.ndarray:
-    if element & 4:
-        lattice = lattice.swapaxes(0, 1)
-    return lattice[:: -1 if element & 1 else 1, :: -1 if element & 2 else 1]
-
-
-def _turn_cells(
-    cells: Int64[np.ndarray, "n 3"], element: int, side_px: int
-) -> Int64[np.ndarray, "n 3"]:
-    level, y, x = cells.T
-    last = (side_px >> level) - 1
-    if element & 4:
-        y, x = x, y
-    if element & 1:
-        y = last - y
-    if element & 2:
-        x = last - x
-    return np.stack([level, y, x], axis=-1)
-
-
-def _turn_windows(drawn: DrawnWindows, element: int, side_px: int) -> DrawnWindows:
-    windows, origins = drawn.windows, drawn.origins
-    levels, window = windows.shape[1:3]
-    extent = side_px >> np.arange(levels)
-    if element & 4:
-        windows, origins = windows.swapaxes(2, 3), origins[..., ::-1]
-    origins = origins.copy()
-    if element & 1:
-        windows = windows[:, :, ::-1]
-        origins[..., 0] = extent - origins[..., 0] - window
-    if element & 2:
-        windows = windows[:, :, :, ::-1]
-        origins[..., 1] = extent - origins[..., 1] - window
-    return replace(drawn, windows=windows, origins=origins)
+        windows, origins = drawn.windows, drawn.origins.copy()
+        levels, window = windows.shape[1:3]
+        if element & 4:
+            windows, origins = windows.swapaxes(2, 3), origins[..., ::-1].copy()
+        for axis in (0, 1):
+            if element & (1 << axis):
+                windows = np.flip(windows, 2 + axis)
+                extent = side_px >> np.arange(levels)
+                origins[..., axis] = extent - origins[..., axis] - window
+        turned = DrawnWindows(lattice, windows, origins)
+    return Sample(turned, dihedral(sample.tokens, element, side_px), sample.label)
 
 
 @dataclass(frozen=True)
@@ -165,10 +142,7 @@ class Batches:
             dropout = self.condition_dropout if keep[-1] else 0.5
             keep_label.append(bool(random.random() >= dropout))
             sample = turn(self._sample(number), element, self.packs.settings.side_px)
-            view = self._view(sample.drawn)
-            if view is not None:
-                sample = replace(sample, tokens=within(sample.tokens, view))
-            samples.append(sample)
+            samples.append(self._in_view(sample))
         statistics = self.packs.statistics
         scale = TokenScale(
             np.array(statistics.token_mean, np.float32), np.array(statistics.token_std, np.float32)
@@ -176,7 +150,7 @@ class Batches:
         condition = to_condition([sample.tokens for sample in samples], scale, keep)
         labels = [sample.label for sample in samples]
         return Batch(
-            self._draw(samples),
+            self._draw([sample.drawn for sample in samples]),
             with_labels(condition, self.packs.settings.classes, labels, keep_label),
             torch.tensor(seeds, dtype=torch.int64),
             torch.tensor(uniform, dtype=torch.float32),
@@ -187,32 +161,31 @@ class Batches:
         order = _permutation(self.seed, number // pairs, pairs)
         region, pack = divmod(int(order[number % pairs]), self.packs.settings.packs_per_region)
         entry = self._entries[region]
-        drawn = self.packs.draw(entry, pack)
-        tokens = self.packs.tokens(entry)
-        return Sample(drawn, tokens, entry.label)
+        return Sample(self.packs.draw(entry, pack), self.packs.tokens(entry), entry.label)
 
-    def _view(self, drawn: Drawn) -> Box | None:
-        """The pixels whose tokens condition a draw; None for all of the region."""
-        design = self.packs.design
-        if isinstance(drawn, DrawnPoints) or isinstance(design, PointDesign):
-            return None
-        return design.view(drawn.origins)
+    def _in_view(self, sample: Sample) -> Sample:
+        """The sample with the tokens that condition its draw."""
+        if not isinstance(sample.drawn, DrawnWindows):
+            return sample
+        assert isinstance(self.packs.design, WindowDesign)
+        view = self.packs.design.view(sample.drawn.origins)
+        return sample if view is None else replace(sample, tokens=within(sample.tokens, view))
 
-    def _draw(self, samples: list[Sample]) -> Draw:
-        draws = [sample.drawn for sample in samples]
-        lattice, lattice_present = self._standardise(np.stack([d.lattice for d in draws]))
-        points = [d for d in draws if isinstance(d, DrawnPoints)]
+    def _draw(self, drawn: list[Drawn]) -> Draw:
+        lattice, lattice_present = self._standardise([d.lattice for d in drawn])
+        points = [d for d in drawn if isinstance(d, DrawnPoints)]
         if points:
-            side = self.packs.settings.side_px
-            values, present = self._standardise(np.stack([d.values for d in points]))
+            values, present = self._standardise([d.values for d in points])
             cells = torch.from_numpy(np.stack([d.cells for d in points]))
-            return PointDraw(lattice, lattice_present, values, present, cells, (side, side))
-        chains = [d for d in draws if isinstance(d, DrawnWindows)]
-        windows, windows_present = self._standardise(np.stack([d.windows for d in chains]))
-        origins = torch.from_numpy(np.stack([d.origins for d in chains]))
-        return WindowDraw(lattice, lattice_present, windows, windows_present, origins)
+            size_px = (self.packs.settings.side_px,) * 2
+            return PointDraw(lattice, lattice_present, values, present, cells, size_px)
+        windows = [d for d in drawn if isinstance(d, DrawnWindows)]
+        values, present = self._standardise([d.windows for d in windows])
+        origins = torch.from_numpy(np.stack([d.origins for d in windows]))
+        return WindowDraw(lattice, lattice_present, values, present, origins)
 
-    def _standardise(self, fixed: UInt16[np.ndarray, "*shape"]) -> tuple[Tensor, Tensor]:
+    def _standardise(self, parts: list[UInt16[np.ndarray, "*shape"]]) -> tuple[Tensor, Tensor]:
+        fixed = np.stack(parts)
         present = fixed[..., :1] != ABSENT
         pixels = fixed.astype(np.float32) / self.packs.settings.value_scale
         values = self.packs.statistics.standardise(pixels) * present

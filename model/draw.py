@@ -1,7 +1,9 @@
-"""What one training sample knows of its image: exact area means at the cells of a draw.
+"""What a draw brings into training: standardised values at the cells that a design named.
 
-A draw is either of windows (`WindowDraw`), for denoisers that convolve, or of scattered cells
-(`PointDraw`), for sparse operators. With both comes the whole coarse lattice.
+Designs draw in two ways (see `design`), and so there are two kinds of draw of a batch: windows,
+whole squares of cells whose neighbours are at known places, and points, cells in a list. Both hold
+the coarse lattice of exact area means beside them. Values are standardised, and zero at cells that
+are absent: outside the image, or not wholly valid.
 """
 
 from dataclasses import dataclass
@@ -39,9 +41,10 @@ class WindowDraw:
 
 @dataclass(frozen=True)
 class PointDraw:
-    """Standardised area means of a batch of images at scattered cells, zero where absent.
+    """Standardised area means of a batch of images at listed cells, zero where absent.
 
-    cells: (level, y, x), y and x in cells of the level. size_px: (height, width) of the images.
+    cells: (level, y, x), y and x in cells of that level, inside the image or not; no cell of an
+    image comes twice. size_px: (height, width) of every image of the batch.
     """
 
     lattice: Float[Tensor, "b hl wl c"]
@@ -52,11 +55,11 @@ class PointDraw:
     size_px: tuple[int, int]
 
     def points(self) -> tuple[Points, Float[Tensor, "m c"]]:
-        """The cells that are present, image by image, and their values."""
-        image, place = self.present[..., 0].nonzero().unbind(dim=1)
-        level, y, x = self.cells[image, place].unbind(dim=1)
-        sizes = torch.tensor([self.size_px], device=image.device).expand(len(self.cells), 2)
-        return Points(image, level, y, x, sizes.contiguous()), self.values[image, place]
+        """The cells that are present in one list, image after image, and their values."""
+        image, place = self.present[..., 0].nonzero(as_tuple=True)
+        level, y, x = self.cells[image, place].unbind(dim=-1)
+        sizes = torch.tensor([self.size_px], device=image.device).repeat(len(self.cells), 1)
+        return Points(image, level, y, x, sizes), self.values[image, place]
 
     def to(self, device: torch.device) -> "PointDraw":
         return PointDraw(

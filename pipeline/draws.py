@@ -1,7 +1,7 @@
 """From the pixels of one region to what packs hold: exact area means at the cells of a draw.
 
 Means are sums of integers over whole cells, divided once; nothing passes through the rounded
-pyramid of the store.
+pyramid of the store. Mollified pixels are such integers too: fixed point, as packs hold them.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64, UInt16, UInt32
 
-from model.design.points import first_of_each
+from model.design import Design, Extent, PointDesign, WindowDesign
 from model.haar import slope_detail
 from model.mollifier import mollify
 from pipeline.packfile import ABSENT
@@ -22,7 +22,7 @@ class RegionLevels:
     valid.
 
     sums[l]: channels-last integers; a cell's mean is sums[l] / (4^l unit). unit: steps of a pixel
-    value; 1 for pixels as they are, more for what is between them.
+    value that these integers count.
     """
 
     sums: list[UInt32[np.ndarray, "_ _ c"]]
@@ -35,18 +35,13 @@ class RegionLevels:
         pixels: np.ndarray,
         valid: Bool[np.ndarray, "h w"],
         coarse_level: int,
-        mollifier_sigma_px: float = 0.0,
         unit: int = 1,
     ) -> "RegionLevels":
         """Levels of channel-first uint8 or uint16 pixels; sides must be multiples of
-        2^coarse_level. Mollified pixels are kept in steps of 1 / `unit`.
+        2^coarse_level, which is 8 at most: sums have 32 bits.
         """
-        image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
-        if mollifier_sigma_px:
-            smooth = mollify(image.astype(np.float32), mollifier_sigma_px, valid)
-            sums = [np.rint(smooth * unit).astype(np.uint32)]
-        else:
-            sums, unit = [image.astype(np.uint32)], 1
+        assert 0 <= coarse_level <= 8
+        sums = [np.ascontiguousarray(pixels.transpose(1, 2, 0)).astype(np.uint32)]
         masks = [valid]
         for _ in range(coarse_level):
             fine, mask = sums[-1], masks[-1]
@@ -56,7 +51,11 @@ class RegionLevels:
 
     def means(self, level: int) -> Float64[np.ndarray, "h w c"]:
         """Area means of one level, in pixel values."""
-        return self.sums[level] / (4.0**level * self.unit)
+        return self.sums[level] / self.steps(level)
+
+    def steps(self, level: int) -> float:
+        """A cell's sum over its mean."""
+        return self.unit * 4.0**level
 
     def fixed_point(
         self, level: int, corner: tuple[int, int], shape: tuple[int, int], scale: int
@@ -91,32 +90,50 @@ class RegionLevels:
             ]
         )
 
-    def cells(self, cells: Int64[np.ndarray, "n 3"], scale: int) -> UInt16[np.ndarray, "n c"]:
-        """Means x scale of scattered cells (level, y, x); `ABSENT` where one lies outside, is not
-        wholly valid or has come before.
-        """
-        out = np.full((len(cells), self.sums[0].shape[-1]), ABSENT, np.uint16)
-        once = first_of_each(cells)
-        for level in np.unique(cells[:, 0]).tolist():
-            height, width = self.valid[level].shape
-            y, x = cells[:, 1], cells[:, 2]
-            here = once & (cells[:, 0] == level)
-            here &= (y >= 0) & (x >= 0) & (y < height) & (x < width)
-            place = np.flatnonzero(here)
-            place = place[self.valid[level][y[place], x[place]]]
-            out[place] = self._fixed(self.sums[level][y[place], x[place]], level, scale)
+    def points(self, cells: Int64[np.ndarray, "n 3"], scale: int) -> UInt16[np.ndarray, "n c"]:
+        """Means x scale of single cells (level, y, x); `ABSENT` where cells are absent."""
+        out = np.full((len(cells), self.sums[0].shape[2]), ABSENT, np.uint16)
+        for level, valid in enumerate(self.valid):
+            (of_level,) = np.nonzero(cells[:, 0] == level)
+            y, x = cells[of_level, 1], cells[of_level, 2]
+            inside = (y >= 0) & (y < valid.shape[0]) & (x >= 0) & (x < valid.shape[1])
+            of_level, y, x = of_level[inside], y[inside], x[inside]
+            fixed = self._fixed(self.sums[level][y, x], level, scale)
+            fixed[~valid[y, x]] = ABSENT
+            out[of_level] = fixed
         return out
+
+    def values(
+        self, design: Design, extent: Extent, key: tuple[int, ...], scale: int
+    ) -> UInt16[np.ndarray, "*cells c"]:
+        """The values of one draw, fixed point, in the order of its cells."""
+        if isinstance(design, PointDesign):
+            return self.points(design.cells(extent, key), scale)
+        assert isinstance(design, WindowDesign)
+        return self.windows(design.draw(extent, key), design.window, scale)
 
     def _fixed(
         self, sums: UInt32[np.ndarray, "*n c"], level: int, scale: int
     ) -> UInt16[np.ndarray, "*n c"]:
-        values = sums * (scale / (4.0**level * self.unit))
-        return np.minimum(np.rint(values), ABSENT - 1).astype(np.uint16)
+        fixed = np.rint(sums * (scale / self.steps(level)))
+        return np.minimum(fixed, ABSENT - 1).astype(np.uint16)
 
     def lattice(self, scale: int) -> UInt16[np.ndarray, "hl wl c"]:
         """The whole coarse level, fixed point."""
         level = len(self.sums) - 1
         return self.fixed_point(level, (0, 0), self.valid[level].shape, scale)
+
+
+def mollified(
+    pixels: np.ndarray, valid: Bool[np.ndarray, "h w"], sigma_px: float, scale: int
+) -> UInt16[np.ndarray, "c h w"]:
+    """Channel-first pixels, smoothed, in fixed point; only valid ones count."""
+    mask = None if valid.all() else valid
+    out = np.empty(pixels.shape, np.uint16)
+    for band, values in enumerate(pixels):
+        smooth = mollify(values[..., None].astype(np.float32), sigma_px, mask)[..., 0]
+        out[band] = np.clip(np.rint(smooth * scale), 0, ABSENT - 1)
+    return out
 
 
 Energy = tuple[float, Float64[np.ndarray, "c c"]]
@@ -143,7 +160,7 @@ class Moments:
         """Moments of one region; details finer than a block are measured on its central block."""
         coarse = len(levels.sums) - 1
         # Pixel moments from every second pixel each way: a quarter of 4096^2 is plenty.
-        pixels = levels.sums[0][::2, ::2][levels.valid[0][::2, ::2]] / float(levels.unit)
+        pixels = levels.sums[0][::2, ::2][levels.valid[0][::2, ::2]] / levels.steps(0)
         details, residuals = [], []
         for level in range(coarse):
             fine, parents, valid = _central(levels, level, block)
@@ -223,11 +240,13 @@ def _central(
     h, w = levels.valid[level + 1].shape
     side_y, side_x = min(h, block // 2), min(w, block // 2)
     y, x = (h - side_y) // 2, (w - side_x) // 2
-    parents = levels.sums[level + 1][y : y + side_y, x : x + side_x] / 4.0
+    parents = levels.sums[level + 1][y : y + side_y, x : x + side_x] / levels.steps(level + 1)
     fine = levels.sums[level][2 * y : 2 * (y + side_y), 2 * x : 2 * (x + side_x)]
-    share = 4.0**level * levels.unit
-    fine, parents = fine / share, parents / share
-    return fine, parents, levels.valid[level + 1][y : y + side_y, x : x + side_x]
+    return (
+        fine / levels.steps(level),
+        parents,
+        levels.valid[level + 1][y : y + side_y, x : x + side_x],
+    )
 
 
 def _slopes(

@@ -1,8 +1,9 @@
 """python -m pipeline.pack: the random draws of training, done once.
 
-A few thousand windows and a lattice touch most chunks of a 4096^2 region in a tiled store, so
+65,536 random pixels touch every chunk of a 4096^2 region in a tiled store, nested windows most, so
 drawing them at training time would read 48 MiB to use a fraction of one. Packing reads every
-region once, in order, and writes many draws of it side by side (`pipeline.packfile`). A tar shard
+region once, in order, smooths it where that is asked for (smoothing needs neighbours, which a draw
+has not), and writes many draws of it side by side (`pipeline.packfile`). A tar shard
 and its side file are written under temporary names and renamed, shard by shard: the same command
 after a kill writes only what is missing.
 """
@@ -13,16 +14,15 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 import webdataset
 
-from model.design import Design, Extent, PointDesign, make_design
-from model.mollifier import gaussian_taps
+from model.design import Design, Extent, make_design
 from pipeline import console
-from pipeline.draws import Energy, Moments, RegionLevels
+from pipeline.draws import Energy, Moments, RegionLevels, mollified
 from pipeline.packfile import (
     INDEX_NAME,
     PLAN_NAME,
@@ -36,6 +36,7 @@ from pipeline.packfile import (
 from pipeline.store import Region, Store
 
 SHARD_BYTES = 256 * 2**20
+MOST_SMOOTH_PX = 64.0
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,23 @@ class Pack:
     """Draws of each region, or auto: enough to score every pixel once, within --size-gb."""
     size_gb: float = 4.0
     """Most that auto may write, in GB."""
-    design: Literal["zoom", "uniform", "mixed", "sobol", "patch"] = "zoom"
-    """Which cells are drawn. zoom is the coarse lattice and chains of nested windows; uniform (for
-    --preset paper of jobs.train) random pixels, sobol more evenly spread ones, mixed half of them
-    and windows; patch (for --preset patch) one embedded tile of pixels a draw."""
-    mollifier: float = 0.0
-    """Deviation in pixels of the Gaussian that smooths a region before the draw; --preset paper
-    takes 1."""
+    design: str = "zoom"
+    """Which cells are drawn. zoom: the coarse lattice and chains of nested windows. uniform:
+    random pixels, disjoint from draw to draw until a region is used up. mixed: half random pixels,
+    half stacks of nested windows. sobol: pixels under a scrambled Sobol sequence. patch (for
+    --preset patch of jobs.train): one embedded tile of pixels a draw."""
     window: int | None = None
-    """Side of a window in cells; by default 48 for zoom, 16 for mixed and 256 for patch."""
+    """Side of a window in cells; by default 48 for zoom, 32 for mixed and 256 for patch."""
     halo: int | None = None
     """Cells at a window's rim that are not scored; for zoom at least the denoiser's halo, 6."""
+    lattice: bool = False
+    """Let uniform, mixed or sobol draws hold the coarse lattice too, within --points; zoom always
+    does."""
+    uniform_part: float | None = None
+    """Least part of a mixed draw that is random pixels; 0.5 by default."""
+    mollifier: float = 0.0
+    """Smooth the pixels before the draw by a Gaussian of this many px; 0 does not, the papers'
+    is 1."""
     coarse_level: int = 5
     """Level of the coarse lattice: cells of 2^level pixels."""
     seed: int = 0
@@ -98,15 +105,25 @@ class Plan:
 
 def make_plan(options: Pack) -> Plan:
     """Resolve the options against the store."""
+    if not 1 <= options.coarse_level <= 8:
+        raise ValueError(
+            f"--coarse-level takes a level from 1 to 8 (cells of 2 to 256 px), not "
+            f"{options.coarse_level}"
+        )
+    if not 0.0 <= options.mollifier <= MOST_SMOOTH_PX:
+        raise ValueError(
+            f"--mollifier takes a width from 0 (none) to {MOST_SMOOTH_PX:g} px, not "
+            f"{options.mollifier:g}"
+        )
     design = make_design(
         options.design,
         points=options.points,
         coarse_level=options.coarse_level,
         window=options.window,
         halo=options.halo,
+        lattice=options.lattice,
+        uniform_part=options.uniform_part,
     )
-    if options.mollifier:
-        gaussian_taps(options.mollifier)
     store = Store.open(options.store)
     regions = store.regions()
     if not regions:
@@ -119,7 +136,7 @@ def make_plan(options: Pack) -> Plan:
             "ingest with a --region that does"
         )
     extent = Extent(side, side)
-    drawn = design.num_drawn(extent)
+    cells = design.num_cells(extent)
     key = store.resolve_encoder(options.encoder)
     regions, lattices, token_values = _drawable(store, key, regions, design)
     if not any(region.split == "train" for region in regions):
@@ -128,11 +145,12 @@ def make_plan(options: Pack) -> Plan:
             "train split; ingest with a split that leaves some to learn from"
         )
     channels = len(store.spec.bands)
-    pack_bytes = 2 * channels * drawn
+    pack_bytes = 2 * channels * cells
     lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
     fixed_bytes = 2 * token_values + lattice_bytes + 4096
     wanted = design.draws_to_cover(extent)
     packs = _packs_per_region(options, wanted, len(regions), pack_bytes, fixed_bytes)
+    chosen = asdict(design)  # type: ignore[call-overload]
     labels = store.classes()
     trained = {region.image for region in regions if region.split == "train"}
     settings = PackSettings(
@@ -143,8 +161,8 @@ def make_plan(options: Pack) -> Plan:
         design=options.design,
         points=options.points,
         coarse_level=options.coarse_level,
-        window=design.window,
-        halo=design.halo,
+        window=chosen.get("window"),
+        halo=chosen.get("halo"),
         packs_per_region=packs,
         seed=options.seed,
         side_px=side,
@@ -152,6 +170,8 @@ def make_plan(options: Pack) -> Plan:
         spacing=store.spec.spacing,
         bands=store.spec.bands,
         dtype=store.spec.dtype,
+        lattice=chosen.get("lattice", False),
+        uniform_part=chosen.get("uniform_part"),
         mollifier_sigma_px=options.mollifier,
         classes=tuple(sorted({labels[image] for image in trained & set(labels)})),
     )
@@ -212,11 +232,12 @@ def pack(options: Pack) -> int:
     settings = plan.settings
     total = plan.region_bytes * len(plan.regions)
     design, extent = settings.make_design(), Extent(settings.side_px, settings.side_px)
+    smooth = settings.mollifier_sigma_px
     missing = [i for i in range(len(plan.shards)) if not _side_file(options.out, i).is_file()]
     console.say_plan(
         f"pack: {len(plan.regions)} regions of {settings.side_px} px, "
         f"{settings.packs_per_region} draws each, {design.num_values(extent)} values a draw "
-        f"({design.describe(extent)}), "
+        f"({design.describe(extent)}{f', smoothed by {smooth:g} px' if smooth else ''}), "
         f"tokens of {settings.encoder_key} at "
         f"{', '.join(str(f) for f, _, _ in settings.lattices)} px; {console.size(total)} "
         f"in {len(plan.shards)} shards",
@@ -301,20 +322,18 @@ def _sample(
     valid = np.ones((side, side), bool)
     if store.mask_kind(region.image) == "valid":
         valid = store.mask(region.image, region.y, region.x, side, side)
-    levels = RegionLevels.of(
-        pixels,
-        valid,
-        settings.coarse_level,
-        settings.mollifier_sigma_px,
-        settings.value_scale,
-    )
+    scale, unit = settings.value_scale, 1
+    if settings.mollifier_sigma_px:
+        pixels = mollified(pixels, valid, settings.mollifier_sigma_px, scale)
+        unit = scale
+    levels = RegionLevels.of(pixels, valid, settings.coarse_level, unit)
     wanted = {footprint for footprint, _, _ in settings.lattices}
     lattices = sorted(
         (t for t in store.region_tokens(settings.encoder_key, region) if t.footprint_px in wanted),
         key=lambda lattice: lattice.footprint_px,
     )
     tokens = np.concatenate([t.values.reshape(-1, t.values.shape[2]) for t in lattices])
-    coarse = levels.lattice(settings.value_scale)
+    coarse = levels.lattice(scale)
     first_px = [(t.y_px, t.x_px) for t in lattices]
     sample: dict[str, Any] = {
         "__key__": f"{region.index:09d}",
@@ -325,13 +344,8 @@ def _sample(
     design = settings.make_design()
     extent = extent_of(side, lattices[0].footprint_px, first_px[0], coarse)
     for number in range(settings.packs_per_region):
-        draw_key = (settings.seed, region.index, number)
-        if isinstance(design, PointDesign):
-            values = levels.cells(design.cells(extent, draw_key), settings.value_scale)
-        else:
-            origins = design.draw(extent, draw_key)
-            values = levels.windows(origins, design.window, settings.value_scale)
-        sample[_pack_name(number)] = values.tobytes()
+        key = (settings.seed, region.index, number)
+        sample[_pack_name(number)] = levels.values(design, extent, key, scale).tobytes()
     return sample, first_px, _measure(levels, tokens)
 
 

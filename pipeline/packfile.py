@@ -2,14 +2,14 @@
 
 One sample of a shard is one region: `KEY.json` (place, valid fraction, label), `KEY.tokens.npy`
 (once, not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`,
-`KEY.p01.bin` ..., one draw each: the values of its windows in the order (chain, level, y, x,
-channel), or of its scattered cells in the order of the design. KEY is an integer. Any WebDataset
-reader can stream a shard; random access takes two ranges of it through the index.
+`KEY.p01.bin` ..., one draw each: the values of its cells, of windows in the order (chain, level,
+y, x, channel), of points in the order of the design. KEY is an integer. Any WebDataset reader can
+stream a shard; random access takes a few ranges of it through the index.
 
 Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
 are kept to 1/256 of a grey level. 65,535 marks a cell that is absent: outside the image, or not
-wholly valid. Where windows lie is not stored: it follows from the design, the lattice's valid
-cells, the tokens' places and the key (seed, region, pack).
+wholly valid. Where cells lie is not stored: it follows from the design, the lattice's valid cells,
+the tokens' places and the key (seed, region, pack).
 """
 
 import io
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt16
 
-from model.design import Design, Extent, PointDesign, make_design
+from model.design import Design, Extent, PointDesign, WindowDesign, make_design
 from pipeline.embeddings import TokenLattice
 
 ABSENT = 65_535
@@ -35,8 +35,11 @@ class PackSettings:
     """Everything that a pack was made with; a trainer or a second run that differs says so and
     stops.
 
-    lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first. classes:
-    the labels that training regions have, sorted; a label's number is its place here.
+    lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first. window,
+    halo, uniform_part: of the design, None where it has none. lattice: whether draws of points
+    hold the lattice too. mollifier_sigma_px: of the Gaussian that smoothed the pixels before the
+    draw, 0 for none. classes: the labels that training regions have, sorted; a label's number is
+    its place here.
     """
 
     store: str
@@ -46,8 +49,8 @@ class PackSettings:
     design: str
     points: int
     coarse_level: int
-    window: int
-    halo: int
+    window: int | None
+    halo: int | None
     packs_per_region: int
     seed: int
     side_px: int
@@ -55,6 +58,8 @@ class PackSettings:
     spacing: float
     bands: tuple[str, ...]
     dtype: str
+    lattice: bool = False
+    uniform_part: float | None = None
     mollifier_sigma_px: float = 0.0
     classes: tuple[str, ...] = ()
 
@@ -65,6 +70,8 @@ class PackSettings:
             coarse_level=self.coarse_level,
             window=self.window,
             halo=self.halo,
+            lattice=self.lattice,
+            uniform_part=self.uniform_part,
         )
 
     @property
@@ -91,12 +98,14 @@ class PackStatistics:
 
     def standardise(self, pixels: Float32[np.ndarray, "*n c"]) -> Float32[np.ndarray, "*n c"]:
         """Pixel values -> u."""
-        whiten = np.linalg.inv(np.array(self.colour)).T.astype(np.float32)
+        # In C order: numpy multiplies by a transposed view 40 times more slowly.
+        whiten = np.ascontiguousarray(np.linalg.inv(np.array(self.colour)).T, np.float32)
         return (pixels - np.array(self.mean, np.float32)) @ whiten
 
     def to_pixels(self, values: Float32[np.ndarray, "*n c"]) -> Float32[np.ndarray, "*n c"]:
         """u -> pixel values, neither rounded nor clipped."""
-        return values @ np.array(self.colour, np.float32).T + np.array(self.mean, np.float32)
+        colour = np.ascontiguousarray(np.array(self.colour).T, np.float32)
+        return values @ colour + np.array(self.mean, np.float32)
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,10 @@ class DrawnWindows:
 
 @dataclass(frozen=True)
 class DrawnPoints:
-    """One draw of a region: fixed-point values of scattered cells (level, y, x)."""
+    """One draw of a region: fixed-point values, and their cells (level, y, x).
+
+    The lattice has no cells where it is not part of the draw.
+    """
 
     lattice: UInt16[np.ndarray, "hl wl c"]
     values: UInt16[np.ndarray, "n c"]
@@ -205,16 +217,19 @@ class PackSet:
         return np.load(io.BytesIO(self._range(entry, 1)))
 
     def draw(self, entry: RegionEntry, pack: int) -> Drawn:
-        """One draw; where its windows or cells lie is computed again."""
-        settings, lattice = self.settings, self.lattice(entry)
-        extent = extent_of(settings.side_px, settings.lattices[0][0], entry.first_px[0], lattice)
-        key, channels = (settings.seed, entry.key, pack), len(settings.bands)
-        values = np.frombuffer(self._range(entry, 2 + pack), np.uint16)
+        """One draw; where its cells lie is computed again."""
+        settings, channels = self.settings, len(self.settings.bands)
+        key = (settings.seed, entry.key, pack)
+        values = np.frombuffer(self._range(entry, 2 + pack), np.uint16).reshape(-1, channels)
         if isinstance(self.design, PointDesign):
-            cells = self.design.cells(extent, key)
-            return DrawnPoints(lattice, values.reshape(-1, channels), cells)
+            extent = Extent(settings.side_px, settings.side_px)
+            none = np.empty((0, 0, channels), np.uint16)
+            lattice = self.lattice(entry) if self.design.lattice else none
+            return DrawnPoints(lattice, values, self.design.cells(extent, key))
+        assert isinstance(self.design, WindowDesign)
+        lattice, window = self.lattice(entry), self.design.window
+        extent = extent_of(settings.side_px, settings.lattices[0][0], entry.first_px[0], lattice)
         origins = self.design.draw(extent, key)
-        window = self.design.window
         shape = (*origins.shape[:2], window, window, channels)
         return DrawnWindows(lattice, values.reshape(shape), origins)
 

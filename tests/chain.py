@@ -41,6 +41,16 @@ def pack_arguments(chain: Chain, out: Path) -> list[str]:
     ]
 
 
+def pack_points(chain: Chain, folder: Path) -> dict[str, Path]:
+    """Packs by every design of points; the mixed ones mollified."""
+    packs = {name: folder / name for name in ("uniform", "mixed", "sobol")}
+    mixed = ["--window", "16", "--lattice", "--mollifier", "1"]
+    for name, out in packs.items():
+        arguments = [*pack_arguments(chain, out), "--design", name]
+        succeed(pipeline.pack.main(arguments + mixed * (name == "mixed")))
+    return packs
+
+
 def train_arguments(chain: Chain, run: Path, steps: int, *more: str) -> list[str]:
     return [
         *(str(chain.packs), "--run", str(run), "--preset", "tiny", "--steps", str(steps)),

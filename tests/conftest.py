@@ -31,3 +31,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-
     from chain import build
 
     return build(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="session")
+def point_packs(chain, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """Packs of the small phantom by every design of points, by name; made once."""
+    from chain import pack_points
+
+    return pack_points(chain, tmp_path_factory.mktemp("points"))

@@ -1,6 +1,7 @@
 """Batches are a function of (seed, step): of nothing else, however many ranks share them."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from chain import Chain
 
 from conditioning.tokens import TokenScale, fit, to_condition
 from jobs.data import Batches, Sample, turn
-from model.draw import WindowDraw
+from model.draw import PointDraw
 from pipeline.draws import RegionLevels
 from pipeline.embeddings import TokenLattice
-from pipeline.packfile import PackSet
+from pipeline.packfile import ABSENT, DrawnPoints, PackSet
 from pipeline.store import Store
 
 
@@ -24,19 +25,20 @@ def equal(a: object, b: object) -> bool:
     return bool(a == b)
 
 
-def test_ranks_share_the_global_batch(chain: Chain) -> None:
-    batches = Batches(PackSet.open(chain.packs), batch=4, seed=5)
+@pytest.mark.parametrize("name", ["zoom", "uniform", "mixed"])
+def test_ranks_share_the_global_batch(
+    chain: Chain, point_packs: dict[str, Path], name: str
+) -> None:
+    packs = PackSet.open(chain.packs if name == "zoom" else point_packs[name])
+    batches = Batches(packs, batch=4, seed=5)
     whole = batches.at(7)
     parts = [batches.at(7, rank, 2) for rank in range(2)]
-    joined = WindowDraw(
-        *(
-            torch.cat([getattr(part.draw, f.name) for part in parts])
-            for f in dataclasses.fields(WindowDraw)
-        )
-    )
-    assert equal(whole.draw, joined)
-    for name in ("seeds", "uniform"):
-        assert equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
+    for field in dataclasses.fields(whole.draw):
+        parts_of = [getattr(part.draw, field.name) for part in parts]
+        joined = parts_of[0] if field.name == "size_px" else torch.cat(parts_of)
+        assert equal(getattr(whole.draw, field.name), joined)
+    for field in ("seeds", "uniform"):
+        assert equal(getattr(whole, field), torch.cat([getattr(p, field) for p in parts]))
     assert equal(whole.condition.values, torch.cat([p.condition.values for p in parts]))
     stream = batches.iterate(6, 0, 1)
     next(stream)
@@ -88,6 +90,69 @@ def test_a_turned_sample_is_the_sample_of_the_turned_region(chain: Chain, elemen
         for (i, j), value in np.ndenumerate(after.values[..., 0]):
             place = (after.y_px + i * after.footprint_px, after.x_px + j * after.footprint_px)
             assert marks[place] == value
+
+
+@pytest.mark.parametrize("element", range(8))
+def test_turned_points_are_the_points_of_the_turned_region(
+    point_packs: dict[str, Path], element: int
+) -> None:
+    """At every level, and of the lattice: what is read there is what came along."""
+    packs = PackSet.open(point_packs["mixed"])
+    entry, random = packs.regions[1], np.random.default_rng(0)
+    drawn = packs.draw(entry, 1)
+    assert isinstance(drawn, DrawnPoints)
+    image = random.integers(0, 256, (3, 256, 256), dtype=np.uint8)
+    valid = np.ones((256, 256), bool)
+    before = RegionLevels.of(image, valid, 5)
+    drawn = DrawnPoints(before.lattice(256), before.points(drawn.cells, 256), drawn.cells)
+    turned = turn(Sample(drawn, packs.tokens(entry)), element, 256).drawn
+    if element & 4:
+        image = image.swapaxes(1, 2)
+    for axis in (0, 1):
+        image = np.flip(image, 1 + axis) if element & (1 << axis) else image
+    after = RegionLevels.of(image, valid, 5)
+    assert isinstance(turned, DrawnPoints)
+    assert set(turned.cells[:, 0].tolist()) == {0, 1, 2, 3, 4}
+    np.testing.assert_array_equal(turned.values, after.points(turned.cells, 256))
+    np.testing.assert_array_equal(turned.lattice, after.lattice(256))
+
+
+def test_a_batch_of_points_holds_what_was_packed(point_packs: dict[str, Path]) -> None:
+    """Standardised, with its cells; the batch's own order of packs, found by their values."""
+    packs = PackSet.open(point_packs["uniform"])
+    batches = Batches(packs, batch=4, seed=1, augment=False)
+    scale, known = packs.settings.value_scale, {}
+    for entry in packs.regions:
+        for pack in range(packs.settings.packs_per_region):
+            drawn = packs.draw(entry, pack)
+            known[drawn.cells.tobytes()] = drawn.values
+    draw = batches.at(0).draw
+    assert isinstance(draw, PointDraw)
+    assert draw.size_px == (256, 256)
+    assert draw.present.all()
+    for cells, values in zip(draw.cells, draw.values, strict=True):
+        pixels = packs.statistics.to_pixels(values.numpy())
+        np.testing.assert_allclose(pixels, known[cells.numpy().tobytes()] / scale, atol=1e-2)
+    points, flat = draw.points()
+    assert points.counts().tolist() == [draw.cells.shape[1]] * 4
+    assert torch.equal(flat, draw.values.flatten(0, 1))
+
+
+def test_absent_points_are_zero_and_leave_ragged_lists(point_packs: dict[str, Path]) -> None:
+    packs = PackSet.open(point_packs["uniform"])
+    batches, cells = Batches(packs, batch=2, seed=0), np.zeros((5, 3), np.int64)
+    cells[:, 2] = [0, 1, 300, 3, -1]  # the third and the last lie outside
+    values = np.full((2, 5, 3), 20_000, np.uint16)
+    values[:, [2, 4]] = ABSENT
+    values[1, 0] = ABSENT
+    none = np.empty((0, 0, 3), np.uint16)
+    draw = batches._draw([DrawnPoints(none, part, cells) for part in values])
+    assert isinstance(draw, PointDraw)
+    assert (draw.values[~draw.present[..., 0]] == 0).all()
+    points, flat = draw.points()
+    assert points.image.tolist() == [0, 0, 0, 1, 1]
+    assert points.x.tolist() == [0, 1, 3, 1, 3]
+    assert torch.equal(flat, draw.values[0, [0, 1, 3, 1, 3]])
 
 
 def lattice(gy: int, gx: int, footprint: int = 32) -> TokenLattice:

@@ -5,9 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.design import Extent, PatchDesign, ZoomDesign, make_design
+from model.design import (
+    Extent,
+    MixedDesign,
+    PatchDesign,
+    PointDesign,
+    SobolDesign,
+    UniformDesign,
+    ZoomDesign,
+    make_design,
+)
 
 SMALL = ZoomDesign(points=4_000, coarse_level=3, window=16, halo=2)
+SPARSE = MixedDesign(points=350, coarse_level=3, window=6)
 
 
 @settings(max_examples=40)
@@ -62,7 +72,12 @@ def test_draws_differ_by_key() -> None:
 
 def test_a_window_too_small_for_its_child_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot hold its child"):
-        ZoomDesign(window=24, halo=6)
+        ZoomDesign(window=28, halo=6)
+    with pytest.raises(ValueError, match="cannot hold its child"):
+        MixedDesign(window=4)
+    smallest = ZoomDesign(points=60_000, window=30, halo=6)
+    for number in range(50):  # a child leaves two places, of which one is even
+        smallest.draw(Extent(1024, 1024), (0, number))
 
 
 @given(st.sampled_from([256, 300, 1024]), st.integers(0, 255), st.integers(0, 2**40))
@@ -99,13 +114,155 @@ def test_patches_mostly_absent_are_not_drawn() -> None:
     assert design.places(Extent(1024, 512, scarce)).tolist() == [[512, 0]]
 
 
+@settings(max_examples=50)
+@given(
+    st.integers(9, 70), st.integers(9, 70), st.integers(0, 2**40), st.integers(0, 50), st.data()
+)
+def test_points_have_one_size_no_repeats_and_lie_inside(
+    height: int, width: int, seed: int, pack: int, data: st.DataObject
+) -> None:
+    image = Extent(height, width)
+    points = data.draw(st.integers(1, image.pixels))
+    designs: list[PointDesign] = [UniformDesign(points, 3), SobolDesign(points, 3)]
+    if points >= 216:
+        designs.append(MixedDesign(points, 3, window=6))
+    lattice = (height // 8) * (width // 8)
+    if points > lattice:
+        designs.append(UniformDesign(points, 3, lattice=True))
+    for design in designs:
+        cells = design.cells(image, (seed, 3, pack))
+        assert len(cells) == design.num_cells(image) == points - design.lattice * lattice
+        assert design.num_values(image) == points
+        assert len(np.unique(cells, axis=0)) == len(cells)
+        last = (np.array([height, width]) - 1) >> cells[:, :1]
+        assert ((cells[:, 1:] >= 0) & (cells[:, 1:] <= last)).all()
+        assert np.array_equal(cells, design.cells(image, (seed, 3, pack)))
+
+
+@settings(max_examples=40)
+@given(st.integers(3, 40), st.integers(3, 40), st.data())
+def test_uniform_draws_of_a_region_are_disjoint_until_it_is_used_up(
+    height: int, width: int, data: st.DataObject
+) -> None:
+    image = Extent(height, width)
+    points = data.draw(st.integers(image.pixels // 6, image.pixels))
+    design, whole = UniformDesign(points), image.pixels // points
+    epochs = []
+    for epoch in range(2):
+        packs = [
+            design.cells(image, (1, 2, pack)) for pack in range(epoch * whole, (epoch + 1) * whole)
+        ]
+        drawn = np.concatenate(packs)[:, 1:] @ (width, 1)
+        assert len(np.unique(drawn)) == whole * points
+        epochs.append(drawn)
+    if points > 8:
+        assert not np.array_equal(*epochs)
+
+
+@pytest.mark.parametrize("design", [UniformDesign(30), SobolDesign(30)])
+@pytest.mark.parametrize("size", [(8, 16), (11, 13)])
+def test_every_pixel_is_drawn_equally_often_by_points(
+    design: PointDesign, size: tuple[int, int]
+) -> None:
+    image, draws = Extent(*size), 2_000
+    counts = np.zeros(size)
+    for number in range(draws):
+        _, y, x = design.cells(image, (number, 0, number % 4)).T
+        counts[y, x] += 1
+    part = 30 / image.pixels
+    assert abs(counts - draws * part).max() < 5 * np.sqrt(draws * part * (1 - part))
+
+
+def test_every_pixel_is_drawn_equally_often_by_mixed_draws() -> None:
+    """By the windows alone; and outside of the windows by the pixels of the rest."""
+    image, draws = Extent(23, 34), 1_500
+    inside, beside, expected, variance = (np.zeros((23, 34)) for _ in range(4))
+    for number in range(draws):
+        key = (number, 0, number % 3)
+        windows, cells = SPARSE.window_cells(image, key), SPARSE.cells(image, key)
+        assert np.array_equal(cells[: len(windows)], windows)
+        window, rest = np.zeros((23, 34), bool), np.zeros((23, 34), bool)
+        window[tuple(windows[windows[:, 0] == 0, 1:].T)] = True
+        rest[tuple(cells[len(windows) :, 1:].T)] = True
+        part = rest.sum() / (~window).sum()
+        inside += window
+        beside += rest
+        expected += part * ~window
+        variance += part * (1 - part) * ~window
+    part = inside.mean() / draws
+    assert abs(inside - draws * part).max() < 5 * np.sqrt(draws * part * (1 - part))
+    assert (abs(beside - expected) < 5 * np.sqrt(variance)).all()
+
+
+def test_mixed_draws_are_half_pixels_and_half_nested_stacks() -> None:
+    design, image = MixedDesign(), Extent(8192, 8192)
+    windows = design.window_cells(image, (0, 0, 0))
+    cells = design.cells(image, (0, 0, 0))
+    assert 65_536 // 2 <= (cells[len(windows) :, 0] == 0).sum() < 65_536 // 2 + 5 * 32**2
+    held = {tuple(cell) for cell in windows.tolist()}
+    for level, y, x in windows.tolist():
+        neighbours = [(level + 1, y // 2 + i, x // 2 + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        last = 8191 >> (level + 1)
+        assert level == 4 or all(
+            place in held or not 0 <= min(place[1:]) <= max(place[1:]) <= last
+            for place in neighbours
+        )
+
+
+@pytest.mark.parametrize("size", [(31_623, 31_627), (2**20, 2**20)])
+@pytest.mark.parametrize("design", [UniformDesign(), MixedDesign(), SobolDesign()])
+def test_points_of_images_beyond_any_memory(design: PointDesign, size: tuple[int, int]) -> None:
+    """10^9 and 2^40 pixels: exact size, distinct, and spread over all of the image."""
+    cells = design.cells(Extent(*size), (0, 1, 2))
+    pixels = cells[cells[:, 0] == 0, 1:][-30_000:]
+    places = pixels[:, 0] * size[1] + pixels[:, 1]
+    assert len(cells) == 65_536
+    assert len(np.unique(places)) == 30_000
+    y, x = (pixels * 8 // size).T
+    counts = np.bincount(y * 8 + x, minlength=64)
+    assert abs(counts - 30_000 / 64).max() < 5 * np.sqrt(30_000 / 64)
+
+
+def test_sobol_points_are_spread_more_evenly_than_random_ones() -> None:
+    """Counts over 64 squares: their variance is a small part of the binomial one."""
+    image, spread = Extent(192, 320), {}
+    for design in (SobolDesign(1024), UniformDesign(1024)):
+        counts = []
+        for seed in range(20):
+            _, y, x = design.cells(image, (seed, 0, 0)).T
+            counts.append(np.bincount(y // 24 * 8 + x // 40, minlength=64))
+        spread[type(design)] = np.var(counts) / 16
+    assert spread[SobolDesign] < 0.25 < 0.8 < spread[UniformDesign] < 1.1
+
+
 def test_designs_of_other_names_and_sizes_are_refused() -> None:
     options = {"points": 65_536, "coarse_level": 5}
     with pytest.raises(ValueError, match="choose one of zoom, uniform, mixed, sobol, patch"):
-        make_design("sobol", window=None, halo=None, **options)
-    patch = make_design("patch", window=None, halo=6, **options)
-    assert (patch.window, patch.halo, patch.num_values(Extent(512, 512))) == (256, 0, 65_536)
+        make_design("spiral", **options)
+    patch = make_design("patch", **options)
+    assert patch == PatchDesign()
+    assert patch.num_values(Extent(512, 512)) == 65_536
     with pytest.raises(ValueError, match="hold no patch of 256 px; ingest with --region 256"):
-        patch.shape(Extent(224, 512))
+        patch.num_cells(Extent(224, 512))
     with pytest.raises(ValueError, match="whole coarse cells of 32 px"):
-        make_design("patch", window=200, halo=None, **options)
+        make_design("patch", window=200, **options)
+    for name, option in (("patch", "halo"), ("uniform", "window"), ("sobol", "halo")):
+        with pytest.raises(ValueError, match=f"depend on --{option.replace('_', '-')}; leave it"):
+            make_design(name, **{option: 6}, **options)
+    with pytest.raises(ValueError, match="between 0 and 1, not 1"):
+        make_design("mixed", uniform_part=1.0, **options)
+    with pytest.raises(ValueError, match="--points takes a positive number, not 0"):
+        make_design("uniform", points=0, coarse_level=5)
+
+
+def test_budgets_that_an_image_cannot_hold_are_refused() -> None:
+    small = Extent(128, 128)
+    for name in ("uniform", "sobol", "mixed"):
+        design = make_design(name, points=65_536, coarse_level=5)
+        with pytest.raises(ValueError, match="more than the 16384 pixels of a 128x128 region"):
+            design.num_values(small)
+    with pytest.raises(ValueError, match=r"hold the 16 lattice cells .* ask for --points 17"):
+        UniformDesign(16, lattice=True).num_values(small)
+    with pytest.raises(ValueError, match=r"cannot hold one stack .* ask for --points 10256 or"):
+        MixedDesign(10_255, lattice=True).num_values(small)
+    assert MixedDesign(10_256, lattice=True).num_values(small) == 10_256

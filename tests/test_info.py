@@ -75,6 +75,15 @@ def say(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def test_packs_say_how_they_were_drawn(
+    point_packs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "design mixed, seed 0, of pixels smoothed by 1 px" in say(point_packs["mixed"], capsys)
+    plain = say(point_packs["uniform"], capsys)
+    assert "design uniform, seed 0" in plain
+    assert "smoothed" not in plain
+
+
 def test_everything_describes_itself_without_torch(chain: Chain, run: Path, painted: Path) -> None:
     store = Store.open(chain.store)
     (name,) = store.image_ids()

@@ -95,6 +95,7 @@ def describe_packs(path: Path) -> Summary:
     finished = (path / INDEX_NAME).is_file()
     settings = json.loads((path / PLAN_NAME).read_text())
     facts: dict[str, Any] = {"finished": finished, "settings": settings, "bytes": _bytes_of(path)}
+    smooth = settings.get("mollifier_sigma_px", 0.0)
     lines = [
         ("from", f"{settings['store']}, fingerprint {settings['store_fingerprint']}"),
         ("encoder", settings["encoder_key"]),
@@ -102,7 +103,8 @@ def describe_packs(path: Path) -> Summary:
         (
             "draws",
             f"{settings['packs_per_region']} of each region, {settings['points']} values each, "
-            f"design {settings['design']}, seed {settings['seed']}",
+            f"design {settings['design']}, seed {settings['seed']}"
+            + (f", of pixels smoothed by {smooth:g} px" if smooth else ""),
         ),
         (
             "pixels",

@@ -1,9 +1,18 @@
 """Designs: which cells of an image one training sample draws, never more than its budget of
-values; a pure function of the image's extent and a key.
+values, and a pure function of its key.
+
+A design draws in one of two ways. Window designs (`zoom`, `patch`) name squares of cells, whose
+neighbours are all there; point designs (`uniform`, `mixed`, `sobol`) name cells one by one.
+Windows may stick out of the image and cells may be invalid: both keep their place and say that
+they are absent, so that a draw has one size and every pixel of the image is equally likely to be
+drawn.
+
+The budget counts what a draw holds: its cells, and the coarse lattice where the design draws it
+too. The lattice of a region lies in its packs once, whatever the design; a draw without it never
+reads it.
 """
 
-from typing import Any
-
+from model.design.choose import make_design
 from model.design.points import MixedDesign, SobolDesign, UniformDesign
 from model.design.protocol import Design, Extent, PointDesign, WindowDesign
 from model.design.windows import PatchDesign, ZoomDesign
@@ -20,29 +29,3 @@ __all__ = [
     "ZoomDesign",
     "make_design",
 ]
-
-DESIGNS: dict[str, type[Design]] = {
-    "zoom": ZoomDesign,
-    "uniform": UniformDesign,
-    "mixed": MixedDesign,
-    "sobol": SobolDesign,
-    "patch": PatchDesign,
-}
-
-
-def make_design(
-    name: str, *, points: int, coarse_level: int, window: int | None, halo: int | None
-) -> Design:
-    """The design of a name; None stands for its own default. Only windows have a side and a halo
-    to choose.
-    """
-    if name not in DESIGNS:
-        raise ValueError(f"design {name!r} does not exist; choose one of {', '.join(DESIGNS)}")
-    if name in ("uniform", "sobol"):
-        window = halo = None
-    if name in ("mixed", "patch"):
-        halo = None
-    asked = {"window": window, "halo": halo}
-    given = {key: value for key, value in asked.items() if value is not None}
-    kind: Any = DESIGNS[name]
-    return kind(points=points, coarse_level=coarse_level, **given)

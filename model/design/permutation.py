@@ -1,50 +1,67 @@
-"""A keyed permutation of 0 ... size - 1 that is never written down.
+"""A keyed permutation of the pixels of an image that is never written down.
 
-A Feistel network (Luby and Rackoff, 1988) over the smallest power of two that holds the numbers
-scrambles them by rounds, each of which can be undone; a number that lands outside is scrambled on
-until it lands inside (cycle walking, Black and Rogaway, 2002), less than once on average. So any
-few of 10^9 pixels, in a random order without repeats, cost time and memory for those few.
+An index i of [0, n) is a pair (l, r) of [0, a) x [0, b) with a b >= n, both about sqrt(n). Each
+round of a Feistel network (Luby & Rackoff 1988, with addition modulo a and b in place of exclusive
+or) adds to one half a keyed function of the other: whatever the function, a bijection of the
+pairs. An image that falls on [n, a b) is sent through again until it does not ("cycle walking",
+Black & Rogaway 2002), which is a bijection of [0, n); a b - n < a, so that few indices ever are.
+Last comes a keyed rotation, which alone makes every image of an index equally likely.
 """
+
+import math
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
 ROUNDS = 8
+LARGEST = 2**62
 
 
 class Permutation:
-    """pi(i) of any indices, for a size and a key of non-negative integers."""
+    """A permutation of [0, size), of which any part costs time and memory in proportion to that
+    part.
+
+    key: non-negative integers.
+    """
 
     def __init__(self, size: int, key: tuple[int, ...]) -> None:
-        if not 1 <= size <= 2**62:
-            raise ValueError(f"a permutation is of 1 to 2^62 numbers, not {size}")
+        if not 1 <= size <= LARGEST:
+            raise ValueError(f"a permutation needs 1 to 2^62 things, not {size}")
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
         self.size = size
-        bits = max((size - 1).bit_length(), 2)
-        self.low = np.uint64(bits // 2)
-        self.masks = [np.uint64((1 << half) - 1) for half in (bits - bits // 2, bits // 2)]
-        self.keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+        self._left = math.isqrt(size - 1) + 1
+        self._right = -(-size // self._left)
+        self._keys = random.integers(2**64, size=ROUNDS, dtype=np.uint64)
+        self._turn = int(random.integers(size))
 
-    def __call__(self, index: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """Where each index goes."""
-        if len(index) and not 0 <= index.min() <= index.max() < self.size:
-            raise ValueError(f"indices of a permutation of {self.size} run from 0 to one less")
-        values = self._scramble(index.astype(np.uint64))
-        outside = np.flatnonzero(values >= self.size)
+    def at(self, index: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " k"]:
+        """Where the permutation sends each index."""
+        out = self._once(index)
+        outside = np.flatnonzero(out >= self.size)
         while len(outside):
-            values[outside] = self._scramble(values[outside])
-            outside = outside[values[outside] >= self.size]
-        return values.astype(np.int64)
+            out[outside] = self._once(out[outside])
+            outside = outside[out[outside] >= self.size]
+        out += self._turn
+        out[out >= self.size] -= self.size
+        return out
 
-    def _scramble(self, values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-        halves = [values >> self.low, values & self.masks[1]]
-        for number, key in enumerate(self.keys):
-            here, other = number % 2, 1 - number % 2
-            halves[here] = halves[here] ^ (_mix(halves[other] + key) & self.masks[here])
-        return (halves[0] << self.low) | halves[1]
+    def _once(self, index: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " k"]:
+        sides = (np.uint64(self._left), np.uint64(self._right))
+        halves = list(np.divmod(index.astype(np.uint64), sides[1]))
+        for number, key in enumerate(self._keys):
+            one, other = number % 2, 1 - number % 2
+            halves[one] += _below(sides[one], _mix(halves[other] ^ key))
+            halves[one] -= np.where(halves[one] >= sides[one], sides[one], np.uint64(0))
+        return (halves[0] * sides[1] + halves[1]).astype(np.int64)
 
 
-def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """The finaliser of SplitMix64 (Steele et al., 2014)."""
+def _mix(x: UInt64[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every bit hangs on every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+def _below(side: np.uint64, bits: UInt64[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:
+    """A number below `side` <= 2^32 from the upper half of the bits."""
+    return np.asarray((bits >> np.uint64(32)) * side >> np.uint64(32))

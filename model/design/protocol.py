@@ -1,4 +1,4 @@
-"""What a design is: a pure function from an image's extent and a key to the cells of one draw."""
+"""What a design is: the two ways of drawing behind one protocol."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -22,23 +22,22 @@ class Extent:
     present: Bool[np.ndarray, "hl wl"] | None = None
     tiles_px: tuple[int, int] = (0, 0)
 
+    @property
+    def pixels(self) -> int:
+        return self.height_px * self.width_px
+
     def lattice_cells(self, level: int) -> int:
-        """Cells of a level."""
+        """Cells of the coarse lattice, whose level is given."""
         return (self.height_px >> level) * (self.width_px >> level)
 
 
-class AnyDesign(Protocol):
-    """What all designs know.
+@runtime_checkable
+class Design(Protocol):
+    """Which cells are drawn.
 
-    window: side of a window in cells, 1 where cells are scattered. halo: cells at its rim that are
-    not scored. footprint_px: the one size of token that conditions a draw, None where all do.
+    footprint_px: the one size of token that conditions a draw, None where all do. lattice: whether
+    the coarse lattice is part of a draw; it counts against the budget then.
     """
-
-    @property
-    def window(self) -> int: ...
-
-    @property
-    def halo(self) -> int: ...
 
     @property
     def coarse_level(self) -> int: ...
@@ -46,18 +45,17 @@ class AnyDesign(Protocol):
     @property
     def footprint_px(self) -> int | None: ...
 
-    def describe(self, image: Extent) -> str:
-        """What a draw is, in a few words."""
-        ...
+    @property
+    def lattice(self) -> bool: ...
 
-    def num_drawn(self, image: Extent) -> int:
-        """Cells of one draw, without the lattice, which all draws of an image share; a
-        `ValueError` where the image or the budget is too small for one.
+    def num_cells(self, image: Extent) -> int:
+        """Cells that one draw holds beside the lattice; a `ValueError` where the image or the
+        budget is too small for one.
         """
         ...
 
     def num_values(self, image: Extent) -> int:
-        """Cells that one training sample holds, never more than the budget."""
+        """Cells that one draw holds, never more than the budget."""
         ...
 
     def fits(self, image: Extent) -> bool:
@@ -68,13 +66,26 @@ class AnyDesign(Protocol):
         """Draws that score as many pixels as the image has."""
         ...
 
+    def describe(self, image: Extent) -> str:
+        """The cells of a draw in a few words."""
+        ...
+
 
 @runtime_checkable
-class WindowDesign(AnyDesign, Protocol):
-    """A design whose draws are chains of windows."""
+class WindowDesign(Design, Protocol):
+    """A design of chains of square windows, one window a level, level 0 (pixels) first.
+
+    window: side of a window in cells; halo: cells at its rim that are not scored.
+    """
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def halo(self) -> int: ...
 
     def shape(self, image: Extent) -> tuple[int, int]:
-        """(chains, levels) of a draw; a `ValueError` as of `num_drawn`."""
+        """(chains, levels) of a draw."""
         ...
 
     def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
@@ -90,15 +101,12 @@ class WindowDesign(AnyDesign, Protocol):
 
 
 @runtime_checkable
-class PointDesign(AnyDesign, Protocol):
-    """A design whose draws are scattered cells."""
+class PointDesign(Design, Protocol):
+    """A design of single cells, no two alike."""
 
     def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
-        """Cells (level, y, x), y and x in cells of the level, as many in every draw.
+        """(level, y, x), y and x in cells of that level.
 
-        Some may lie outside the image, and some may come again: such are absent from the draw.
+        key: as in `WindowDesign.draw`.
         """
         ...
-
-
-Design = WindowDesign | PointDesign

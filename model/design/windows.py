@@ -1,5 +1,4 @@
-"""Designs of windows: a draw is a number of chains of square windows, one window a level, level 0
-(pixels) first.
+"""Window designs: chains of square windows, one window a level, level 0 (pixels) first.
 
 The `patch` design, patch diffusion's, draws one window of 256 px a time, on the lattice of the
 tiles that were embedded, so that every patch has an embedding of its own. The draws of a region
@@ -39,9 +38,10 @@ class PatchDesign:
     points: int = 65_536
     coarse_level: int = 5
     window: int = 256
-    halo: int = 0
 
     LEAST_VALID = 0.5
+    halo = 0
+    lattice = False
 
     def __post_init__(self) -> None:
         if self.window % (1 << self.coarse_level) or self.window**2 > self.points:
@@ -63,15 +63,15 @@ class PatchDesign:
             )
         return 1, 1
 
-    def describe(self, image: Extent) -> str:
-        return f"one patch of {self.window}x{self.window} pixels"
-
-    def num_drawn(self, image: Extent) -> int:
-        chains, levels = self.shape(image)
-        return chains * levels * self.window**2
+    def num_cells(self, image: Extent) -> int:
+        self.shape(image)
+        return self.window**2
 
     def num_values(self, image: Extent) -> int:
-        return self.num_drawn(image)
+        return self.num_cells(image)
+
+    def describe(self, image: Extent) -> str:
+        return f"one patch of {self.window}x{self.window}"
 
     def fits(self, image: Extent) -> bool:
         return len(self.places(image)) > 0
@@ -122,6 +122,8 @@ class ZoomDesign:
     window: int = 48
     halo: int = 6
 
+    lattice = True
+
     def __post_init__(self) -> None:
         if self.window % 2 or self.window < 4 * self.halo + 6:
             raise ValueError(
@@ -147,43 +149,48 @@ class ZoomDesign:
             )
         return number, self.coarse_level
 
-    def describe(self, image: Extent) -> str:
-        chains, levels = self.shape(image)
-        return f"{chains * levels} windows of {self.window}x{self.window}"
-
-    def num_drawn(self, image: Extent) -> int:
+    def num_cells(self, image: Extent) -> int:
         chains, levels = self.shape(image)
         return chains * levels * self.window**2
 
     def num_values(self, image: Extent) -> int:
-        return image.lattice_cells(self.coarse_level) + self.num_drawn(image)
+        return image.lattice_cells(self.coarse_level) + self.num_cells(image)
+
+    def describe(self, image: Extent) -> str:
+        chains, levels = self.shape(image)
+        return f"{chains * levels} windows of {self.window}x{self.window} and the lattice"
 
     def fits(self, image: Extent) -> bool:
         return True
 
     def draws_to_cover(self, image: Extent) -> int:
         scored = self.shape(image)[0] * (self.window - 2 * self.halo) ** 2
-        return -(-(image.height_px * image.width_px) // scored)
+        return -(-image.pixels // scored)
 
     def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
         chains, levels = self.shape(image)
-        return place_chains(image, key, chains, levels, self.window, self.halo)
+        return nested_windows(image, chains, levels, self.window, self.halo, random)
 
     def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
         return None
 
 
-def place_chains(
-    image: Extent, key: tuple[int, ...], chains: int, levels: int, window: int, halo: int
+def nested_windows(
+    image: Extent,
+    chains: int,
+    levels: int,
+    window: int,
+    halo: int,
+    random: np.random.Generator,
 ) -> Int64[np.ndarray, "chains levels 2"]:
-    """First cells of nested windows, from the pixel upwards: level 0 anywhere that touches the
-    image, each coarser one wherever its interior, without `halo` cells, holds the one below.
+    """First cells of windows around random places, each inside its parent but for a halo and one
+    cell.
     """
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     origins = np.empty((chains, levels, 2), dtype=np.int64)
     half = window // 2
     for axis, extent in enumerate((image.height_px, image.width_px)):
-        child = random.integers(1 - half, extent // 2, size=chains)
+        child = random.integers(1 - half, -(-extent // 2), size=chains)
         origins[:, 0, axis] = 2 * child
         for level in range(1, levels):
             low = child + half + halo + 1 - window

@@ -1,0 +1,49 @@
+"""The design of a name."""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+from model.design.points import MixedDesign, SobolDesign, UniformDesign
+from model.design.protocol import Design
+from model.design.windows import PatchDesign, ZoomDesign
+
+DESIGNS: dict[str, Callable[..., Design]] = {
+    "zoom": ZoomDesign,
+    "uniform": UniformDesign,
+    "mixed": MixedDesign,
+    "sobol": SobolDesign,
+    "patch": PatchDesign,
+}
+
+
+def make_design(
+    name: str,
+    *,
+    points: int,
+    coarse_level: int,
+    window: int | None = None,
+    halo: int | None = None,
+    lattice: bool = False,
+    uniform_part: float | None = None,
+) -> Design:
+    """The design of a name; None stands for its own default."""
+    if name not in DESIGNS:
+        raise ValueError(f"design {name!r} does not exist; choose one of {', '.join(DESIGNS)}")
+    if points < 1:
+        raise ValueError(f"--points takes a positive number, not {points}")
+    options = {
+        "window": window,
+        "halo": halo,
+        "lattice": lattice or None,
+        "uniform_part": uniform_part,
+    }
+    given = {option: value for option, value in options.items() if value is not None}
+    kind = DESIGNS[name]
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for option in given:
+        if option not in known:
+            raise ValueError(
+                f"the cells of --design {name} do not depend on --{option.replace('_', '-')}; "
+                "leave it out"
+            )
+    return kind(points=points, coarse_level=coarse_level, **given)
