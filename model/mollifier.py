@@ -7,7 +7,7 @@ it is evaluated (`mollify`). They sum to one, so that A keeps means.
 import math
 
 import numpy as np
-import scipy.ndimage  # type: ignore[import-untyped]
+import scipy.ndimage
 from jaxtyping import Bool, Float
 
 TRUNCATE = 4.0

@@ -128,7 +128,7 @@ class SobolDesign(_Pixels):
         Every small square is met in the end, so a whole image is drawn after finitely many.
         """
         # scipy.stats takes two seconds to import, which no other command should wait for.
-        from scipy.stats.qmc import Sobol  # type: ignore[import-untyped]
+        from scipy.stats.qmc import Sobol
 
         sequence = Sobol(2, scramble=True, bits=self.BITS, rng=random)
         size = (number - 1).bit_length()

@@ -121,6 +121,11 @@ class SparseConfig:
                 f"this preset needs --design uniform, mixed or sobol, the packs were drawn by "
                 f"{design}; pack again"
             )
+        if self.means and not design.lattice:
+            raise ValueError(
+                "this preset reads the coarse lattice, which the packs' draws do not hold; pack "
+                "again with --lattice"
+            )
         if design.coarse_level != self.coarse_level:
             raise ValueError(
                 f"this preset needs --coarse-level {self.coarse_level}, the packs have "

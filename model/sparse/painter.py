@@ -21,8 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.attention import Condition
-from model.design import Extent
-from model.design.points import uniform_pixels
+from model.design import Extent, UniformDesign
 from model.generate import Field, area_means
 from model.lattice import Box, tiles
 from model.points import Points
@@ -31,7 +30,7 @@ from model.sparse.denoiser import Evaluation, Means, Part, SparseOperatorDenoise
 from model.sparse.support import Support, TileSupport
 
 READ_PX = 1024
-SUBSET_KEY = (0, 0)
+SUBSET_KEY = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,8 @@ def keyed_subset(height: int, width: int, density: float) -> Points:
     """`density` times the pixels of an image, uniformly, always the same."""
     size = torch.tensor([[height, width]])
     number = max(round(density * height * width), 1)
-    cells = torch.from_numpy(uniform_pixels(Extent(height, width), number, SUBSET_KEY))
+    drawn = UniformDesign(points=number).cells(Extent(height, width), SUBSET_KEY)
+    cells = torch.from_numpy(drawn)
     zero = torch.zeros(number, dtype=torch.int64)
     return Points(zero, zero, cells[:, 1], cells[:, 2], size)
 

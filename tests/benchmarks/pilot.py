@@ -55,7 +55,7 @@ LOG_SNRS = (-9.0, -7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0)
 LATTICE = (SIDE >> LEVEL) ** 2
 DESIGNS = {
     "uniform": UniformDesign(POINTS, LEVEL),
-    "mixed": MixedDesign(POINTS + LATTICE, LEVEL),
+    "mixed": MixedDesign(POINTS, LEVEL, window=16),
     "zoom": ZoomDesign(POINTS + LATTICE, LEVEL, window=16, halo=2),
 }
 UNET: dict[str, Any] = {
@@ -169,7 +169,7 @@ def draw_of(slide: Slide, levels: list[RegionLevels], design: Any, keys: list[in
         return slide.standardised(fixed / scale) * present, present
 
     if isinstance(design, ZoomDesign):
-        origins = np.stack([design.draw(extent, (key,)) for key in keys])
+        origins = np.stack([design.draw(extent, (key, 0)) for key in keys])
         windows = [
             each.windows(o, design.window, scale) for each, o in zip(levels, origins, strict=True)
         ]
