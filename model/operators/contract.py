@@ -16,6 +16,7 @@ gradients. Parameters do not depend on it, so any model runs on any:
 What was asked for runs, or says what to install: nothing falls back.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ from model.operators.neighbours import Neighbours
 from model.operators.normalisation import Normalisation
 
 Backend = Literal["reference", "triton", "torchsparse"]
+Compute = Callable[[Tensor, Tensor, Neighbours, Normalisation], Tensor]
 
 
 def sparse_depthwise(
@@ -48,9 +50,29 @@ def sparse_depthwise(
             f"the weight has {weight.shape[-1]} x {weight.shape[-1]} taps, but neighbours were "
             f"found for {neighbours.kernel}; find them with kernel={weight.shape[-1]}"
         )
+    compute = _backend(backend)
     precise = torch.promote_types(values.dtype, torch.float32)
-    weight = weight.to(precise)
-    if backend == "reference":
-        out = reference.sparse_depthwise(values.to(precise), weight, neighbours, normalisation)
-        return out.to(values.dtype)
-    raise ValueError(f"there is no backend {backend!r}; there are reference, triton, torchsparse")
+    return compute(values, weight.to(precise), neighbours, normalisation)
+
+
+def _backend(name: Backend) -> Compute:
+    if name == "reference":
+        return reference.sparse_depthwise
+    if name == "triton":
+        try:
+            from model.operators import triton_kernels
+        except ImportError as error:
+            raise ValueError(
+                f"backend 'triton' is not here ({error}): pip install triton (Linux, with a "
+                "GPU), or use backend='reference'"
+            ) from error
+        return triton_kernels.sparse_depthwise
+    try:
+        from model.operators import torchsparse_adapter
+    except ImportError as error:
+        raise ValueError(
+            f"backend 'torchsparse' is not here ({error}): build it from "
+            "github.com/mit-han-lab/torchsparse against this torch (it needs a compiler and a "
+            "GPU), or use backend='triton' or 'reference'"
+        ) from error
+    return torchsparse_adapter.sparse_depthwise
