@@ -60,19 +60,19 @@ def _backend(name: Backend) -> Compute:
         return reference.sparse_depthwise
     if name == "triton":
         try:
-            from model.operators import triton_kernels
+            from model.operators.triton_kernels import sparse_depthwise as by_triton
         except ImportError as error:
             raise ValueError(
                 f"backend 'triton' is not here ({error}): pip install triton (Linux, with a "
                 "GPU), or use backend='reference'"
             ) from error
-        return triton_kernels.sparse_depthwise
+        return by_triton
     try:
-        from model.operators import torchsparse_adapter
+        from model.operators.torchsparse_adapter import sparse_depthwise as by_torchsparse
     except ImportError as error:
         raise ValueError(
             f"backend 'torchsparse' is not here ({error}): build it from "
             "github.com/mit-han-lab/torchsparse against this torch (it needs a compiler and a "
             "GPU), or use backend='triton' or 'reference'"
         ) from error
-    return torchsparse_adapter.sparse_depthwise
+    return by_torchsparse
