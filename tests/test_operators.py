@@ -127,6 +127,7 @@ def test_a_full_lattice_is_the_dense_convolution(
         weight,
         find_neighbours(points.take(order), kernel),
         normalisation=normalisation,
+        backend="reference",
     )
     torch.testing.assert_close(as_list(dense)[order], sparse, rtol=0, atol=1e-10)
     for a, b in zip(
@@ -163,6 +164,7 @@ def test_scattered_points_are_a_masked_dense_convolution(
         weight,
         find_neighbours(points, 7),
         normalisation=normalisation,
+        backend="reference",
     )
     torch.testing.assert_close(dense.permute(0, 2, 3, 1)[at], sparse, rtol=0, atol=1e-10)
     seen = normal(len(points), c, seed=2)
@@ -207,7 +209,9 @@ def test_the_operator_is_its_formula(kernel: int, normalisation: Normalisation) 
     points = scattered([(12, 9), (5, 5), (20, 11)], [70, 0, 90], levels=2)
     values, weight = normal(len(points), 3), normal(3, kernel, kernel, seed=1)
     neighbours = find_neighbours(points, kernel)
-    out = sparse_depthwise(values, weight, neighbours, normalisation=normalisation)
+    out = sparse_depthwise(
+        values, weight, neighbours, normalisation=normalisation, backend="reference"
+    )
     expected = formula(values, weight, points, normalisation)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     for image in range(points.batch):
@@ -217,6 +221,7 @@ def test_the_operator_is_its_formula(kernel: int, normalisation: Normalisation) 
             weight,
             find_neighbours(points.take(mine), kernel),
             normalisation=normalisation,
+            backend="reference",
         )
         assert torch.equal(out[mine], alone)
 
@@ -225,7 +230,9 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
     """Two images of which one's last row is, in the flat order, next to the other's first."""
     points = full_lattice(6, 6, batch=2)
     values, weight = normal(72, 2).requires_grad_(), normal(2, 7, 7, seed=1)
-    out = sparse_depthwise(values, weight, find_neighbours(points, 7), normalisation="ratio")
+    out = sparse_depthwise(
+        values, weight, find_neighbours(points, 7), normalisation="ratio", backend="reference"
+    )
     (grad,) = torch.autograd.grad(out[:36].sum(), values)
     assert bool((grad[:36] != 0).all())
     assert bool((grad[36:] == 0).all())
@@ -236,9 +243,19 @@ def test_any_order_of_the_points_gives_the_same_answer(normalisation: Normalisat
     points = scattered([(30, 30)], [250])
     order = torch.randperm(250, generator=generator(9))
     values, weight = normal(250, 2), normal(2, 7, 7, seed=1)
-    out = sparse_depthwise(values, weight, find_neighbours(points, 7), normalisation=normalisation)
+    out = sparse_depthwise(
+        values,
+        weight,
+        find_neighbours(points, 7),
+        normalisation=normalisation,
+        backend="reference",
+    )
     again = sparse_depthwise(
-        values[order], weight, find_neighbours(points.take(order), 7), normalisation=normalisation
+        values[order],
+        weight,
+        find_neighbours(points.take(order), 7),
+        normalisation=normalisation,
+        backend="reference",
     )
     assert torch.equal(out[order], again)
 
@@ -249,17 +266,21 @@ def test_constants_and_lone_points() -> None:
     """
     points, weight = scattered([(40, 40)], [300]), normal(3, 7, 7)
     constant = torch.full((300, 3), 1.7, dtype=torch.float64)
-    out = sparse_depthwise(constant, weight, find_neighbours(points, 7), normalisation="stable")
+    out = sparse_depthwise(
+        constant, weight, find_neighbours(points, 7), normalisation="stable", backend="reference"
+    )
     assert torch.equal(out, (constant * weight.sum(dim=(1, 2))))
     flat = weight.mean(dim=(1, 2), keepdim=True).expand_as(weight).contiguous()
-    out = sparse_depthwise(constant, flat, find_neighbours(points, 7), normalisation="ratio")
+    out = sparse_depthwise(
+        constant, flat, find_neighbours(points, 7), normalisation="ratio", backend="reference"
+    )
     torch.testing.assert_close(out, constant * weight.sum(dim=(1, 2)), rtol=0, atol=1e-10)
 
     lone = find_neighbours(scattered([(40, 40)], [1]), 7)
     value = normal(1, 3)
-    ratio = sparse_depthwise(value, weight, lone, normalisation="ratio")
+    ratio = sparse_depthwise(value, weight, lone, normalisation="ratio", backend="reference")
     torch.testing.assert_close(ratio, 49 * weight[:, 3, 3] * value)
-    stable = sparse_depthwise(value, weight, lone, normalisation="stable")
+    stable = sparse_depthwise(value, weight, lone, normalisation="stable", backend="reference")
     torch.testing.assert_close(stable, weight.sum(dim=(1, 2)) * value)
 
 
@@ -268,7 +289,10 @@ def test_gradients_are_derivatives(normalisation: Normalisation) -> None:
     neighbours = find_neighbours(scattered([(8, 8), (4, 4)], [20, 5], levels=2), 3)
     inputs = (normal(25, 2).requires_grad_(), normal(2, 3, 3, seed=1).requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda v, w: sparse_depthwise(v, w, neighbours, normalisation=normalisation), inputs
+        lambda v, w: sparse_depthwise(
+            v, w, neighbours, normalisation=normalisation, backend="reference"
+        ),
+        inputs,
     )
 
 
@@ -278,7 +302,13 @@ def test_no_points_at_all(normalisation: Normalisation) -> None:
     points = Points(empty, empty, empty, empty, torch.tensor([[4, 4]]))
     values = torch.zeros(0, 2, requires_grad=True)
     weight = torch.ones(2, 7, 7, requires_grad=True)
-    out = sparse_depthwise(values, weight, find_neighbours(points, 7), normalisation=normalisation)
+    out = sparse_depthwise(
+        values,
+        weight,
+        find_neighbours(points, 7),
+        normalisation=normalisation,
+        backend="reference",
+    )
     grads = torch.autograd.grad(out.sum(), (values, weight))
     assert out.shape == grads[0].shape == (0, 2)
     assert torch.equal(grads[1], torch.zeros_like(weight))
@@ -290,9 +320,15 @@ def test_bfloat16_is_accumulated_in_float32(normalisation: Normalisation) -> Non
     points, weight = full_lattice(24, 24), normal(3, 7, 7).float()
     values = normal(576, 3, seed=1).bfloat16()
     neighbours = find_neighbours(points, 7)
-    out = sparse_depthwise(values, weight, neighbours, normalisation=normalisation)
+    out = sparse_depthwise(
+        values, weight, neighbours, normalisation=normalisation, backend="reference"
+    )
     exact = sparse_depthwise(
-        values.double(), weight.double(), neighbours, normalisation=normalisation
+        values.double(),
+        weight.double(),
+        neighbours,
+        normalisation=normalisation,
+        backend="reference",
     )
     assert out.dtype == torch.bfloat16
     rounding = torch.finfo(torch.bfloat16).eps / 2
@@ -354,9 +390,25 @@ def test_mistakes_are_sentences() -> None:
         find_neighbours(Points(zero, zero, far, far, torch.tensor([[side, side]])), 7)
     neighbours, weight = find_neighbours(points, 3), normal(2, 3, 3)
     with pytest.raises(ValueError, match="15 values for 16 points"):
-        sparse_depthwise(normal(15, 2), weight, neighbours, normalisation="ratio")
+        sparse_depthwise(
+            normal(15, 2), weight, neighbours, normalisation="ratio", backend="reference"
+        )
     with pytest.raises(ValueError, match="7 x 7 taps, but neighbours were found for 3"):
-        sparse_depthwise(normal(16, 2), normal(2, 7, 7), neighbours, normalisation="ratio")
+        sparse_depthwise(
+            normal(16, 2), normal(2, 7, 7), neighbours, normalisation="ratio", backend="reference"
+        )
+    with pytest.raises(ValueError, match="for 2 channels, but the values have 3"):
+        sparse_depthwise(
+            normal(16, 3), weight, neighbours, normalisation="ratio", backend="reference"
+        )
+    with pytest.raises(ValueError, match="move them to one device"):
+        sparse_depthwise(
+            normal(16, 2).to("meta"),
+            weight,
+            neighbours,
+            normalisation="ratio",
+            backend="reference",
+        )
     with pytest.raises(ValueError, match="positive ratio"):
         resize_kernel(weight, 0.0)
 

@@ -17,7 +17,7 @@ What was asked for runs, or says what to install: nothing falls back.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -33,11 +33,11 @@ Compute = Callable[[Tensor, Tensor, Neighbours, Normalisation], Tensor]
 
 def sparse_depthwise(
     values: Float[Tensor, "n c"],
-    weight: Float[Tensor, "c k k"],
+    weight: Float[Tensor, "_c k k"],
     neighbours: Neighbours,
     *,
     normalisation: Normalisation,
-    backend: Backend = "reference",
+    backend: Backend,
 ) -> Float[Tensor, "n c"]:
     """Each channel of the points' values convolved with its own k x k taps."""
     if len(values) != len(neighbours):
@@ -45,11 +45,28 @@ def sparse_depthwise(
             f"{len(values)} values for {len(neighbours)} points: neighbours belong to one set of "
             "points; find them again for this one"
         )
+    if weight.shape[0] != values.shape[1]:
+        raise ValueError(
+            f"the weight is for {weight.shape[0]} channels, but the values have "
+            f"{values.shape[1]}; a depthwise weight is (channels, kernel, kernel)"
+        )
     if weight.shape[-1] != neighbours.kernel:
         raise ValueError(
             f"the weight has {weight.shape[-1]} x {weight.shape[-1]} taps, but neighbours were "
             f"found for {neighbours.kernel}; find them with kernel={weight.shape[-1]}"
         )
+    places = {values.device, weight.device, neighbours.start.device}
+    if len(places) > 1:
+        raise ValueError(
+            f"values, weight and neighbours are on {sorted(map(str, places))}; move them to one "
+            "device (Neighbours.to)"
+        )
+    if normalisation not in get_args(Normalisation):
+        raise ValueError(
+            f"there is no normalisation {normalisation!r}; there are {get_args(Normalisation)}"
+        )
+    if backend not in get_args(Backend):
+        raise ValueError(f"there is no backend {backend!r}; there are {get_args(Backend)}")
     compute = _backend(backend)
     precise = torch.promote_types(values.dtype, torch.float32)
     return compute(values, weight.to(precise), neighbours, normalisation)
