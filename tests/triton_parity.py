@@ -5,6 +5,8 @@ first imported. Memory that is allocated and not yet written holds NaN throughou
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -138,3 +140,41 @@ def test_no_points_at_all() -> None:
     points = Points(EMPTY, EMPTY, EMPTY, EMPTY, torch.tensor([[4, 4]]))
     for triton, reference in both(points, 3, 5, "ratio", torch.float32):
         assert torch.equal(triton, reference)
+
+
+COMPILE = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model.operators import triton_kernels as kernels
+
+fixed = dict(SUM=tl.float32, BLOCK_N=32, BLOCK_C=64, PAIRS=32)
+types = dict.fromkeys(("STABLE", *fixed), "constexpr") | {"numerator": "fp32", "offset": "fp32"}
+types |= dict.fromkeys(("weight", "centre", "grad_centre", "grad_weight"), "*fp32")
+types |= dict.fromkeys(("start", "neighbour", "point", "first_of_tap"), "*i64")
+for dtype in ("*bf16", "*fp32"):
+    types |= dict.fromkeys(("values", "grad", "out", "grad_values"), dtype)
+    for stable in (True, False):
+        for kernel in (kernels._forward, kernels._backward_values, kernels._backward_weight):
+            names = [parameter.name for parameter in kernel.params]
+            types["tap"] = "*i32" if "weight" in names else "i32"
+            signature = {name: types.get(name, "i32") for name in names}
+            constants = {n: v for n, v in (fixed | {"STABLE": stable}).items() if n in names}
+            source = ASTSource(kernel, signature=signature, constexprs=constants)
+            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernels.LAUNCH)
+            print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_without_one() -> None:
+    """To machine code of an H100, by the compiler that comes with Triton."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["compiled"] * 12, done.stderr

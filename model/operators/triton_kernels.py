@@ -30,6 +30,7 @@ TILE = 2048  # values that a program holds
 MAX_BLOCK_C = 64
 MAX_SHARES = 64  # programs that share the pairs of one tap
 PAIRS = 32  # pairs that a program adds at a time
+LAUNCH = {"enable_fp_fusion": False}  # rounded as the reference is, whatever Triton's default
 
 
 @triton.jit
@@ -141,11 +142,11 @@ def _backward_weight(
     grad_weight,  # (shares, taps, c)
     c,
     taps,
+    shares,
     numerator,
     offset,
     STABLE: tl.constexpr,
     SUM: tl.constexpr,
-    SHARES: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -153,8 +154,8 @@ def _backward_weight(
     col = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = tl.load(first_of_tap + tap)
     size = tl.load(first_of_tap + tap + 1) - begin
-    last = begin + size * (share + 1) // SHARES
-    begin += size * share // SHARES
+    last = begin + size * (share + 1) // shares
+    begin += size * share // shares
     total = tl.zeros([BLOCK_C], dtype=SUM)
     for step in range(0, tl.cdiv(last - begin, PAIRS)):
         pair = begin + step * PAIRS + tl.arange(0, PAIRS)
@@ -223,6 +224,7 @@ class _SparseDepthwise(torch.autograd.Function):
             SUM=_sum_type(weight),
             BLOCK_N=block_n,
             BLOCK_C=block_c,
+            **LAUNCH,
         )
         return out
 
@@ -259,6 +261,7 @@ class _SparseDepthwise(torch.autograd.Function):
             SUM=_sum_type(weight),
             BLOCK_N=block_n,
             BLOCK_C=block_c,
+            **LAUNCH,
         )
         if not ctx.needs_input_grad[1]:
             return grad_values, None, None, None
@@ -273,12 +276,13 @@ class _SparseDepthwise(torch.autograd.Function):
             shares,
             c,
             taps,
+            num_shares,
             *gain,
             STABLE=stable,
             SUM=_sum_type(weight),
-            SHARES=num_shares,
             PAIRS=PAIRS,
             BLOCK_C=block_c,
+            **LAUNCH,
         )
         grad_weight = shares.sum(dim=0).T
         received = slice(None) if stable else slice(taps // 2, taps // 2 + 1)
