@@ -1,5 +1,12 @@
 """Laws of the sparse operators: their neighbours, their dense counterpart, their gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +127,7 @@ def test_a_full_lattice_is_the_dense_convolution(
         weight,
         find_neighbours(points.take(order), kernel),
         normalisation=normalisation,
+        backend="reference",
     )
     torch.testing.assert_close(as_list(dense)[order], sparse, rtol=0, atol=1e-10)
     for a, b in zip(
@@ -156,6 +164,7 @@ def test_scattered_points_are_a_masked_dense_convolution(
         weight,
         find_neighbours(points, 7),
         normalisation=normalisation,
+        backend="reference",
     )
     torch.testing.assert_close(dense.permute(0, 2, 3, 1)[at], sparse, rtol=0, atol=1e-10)
     seen = normal(len(points), c, seed=2)
@@ -200,7 +209,9 @@ def test_the_operator_is_its_formula(kernel: int, normalisation: Normalisation) 
     points = scattered([(12, 9), (5, 5), (20, 11)], [70, 0, 90], levels=2)
     values, weight = normal(len(points), 3), normal(3, kernel, kernel, seed=1)
     neighbours = find_neighbours(points, kernel)
-    out = sparse_depthwise(values, weight, neighbours, normalisation=normalisation)
+    out = sparse_depthwise(
+        values, weight, neighbours, normalisation=normalisation, backend="reference"
+    )
     expected = formula(values, weight, points, normalisation)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     for image in range(points.batch):
@@ -210,6 +221,7 @@ def test_the_operator_is_its_formula(kernel: int, normalisation: Normalisation) 
             weight,
             find_neighbours(points.take(mine), kernel),
             normalisation=normalisation,
+            backend="reference",
         )
         assert torch.equal(out[mine], alone)
 
@@ -218,7 +230,9 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
     """Two images of which one's last row is, in the flat order, next to the other's first."""
     points = full_lattice(6, 6, batch=2)
     values, weight = normal(72, 2).requires_grad_(), normal(2, 7, 7, seed=1)
-    out = sparse_depthwise(values, weight, find_neighbours(points, 7), normalisation="ratio")
+    out = sparse_depthwise(
+        values, weight, find_neighbours(points, 7), normalisation="ratio", backend="reference"
+    )
     (grad,) = torch.autograd.grad(out[:36].sum(), values)
     assert bool((grad[:36] != 0).all())
     assert bool((grad[36:] == 0).all())
@@ -229,9 +243,19 @@ def test_any_order_of_the_points_gives_the_same_answer(normalisation: Normalisat
     points = scattered([(30, 30)], [250])
     order = torch.randperm(250, generator=generator(9))
     values, weight = normal(250, 2), normal(2, 7, 7, seed=1)
-    out = sparse_depthwise(values, weight, find_neighbours(points, 7), normalisation=normalisation)
+    out = sparse_depthwise(
+        values,
+        weight,
+        find_neighbours(points, 7),
+        normalisation=normalisation,
+        backend="reference",
+    )
     again = sparse_depthwise(
-        values[order], weight, find_neighbours(points.take(order), 7), normalisation=normalisation
+        values[order],
+        weight,
+        find_neighbours(points.take(order), 7),
+        normalisation=normalisation,
+        backend="reference",
     )
     assert torch.equal(out[order], again)
 
@@ -242,17 +266,21 @@ def test_constants_and_lone_points() -> None:
     """
     points, weight = scattered([(40, 40)], [300]), normal(3, 7, 7)
     constant = torch.full((300, 3), 1.7, dtype=torch.float64)
-    out = sparse_depthwise(constant, weight, find_neighbours(points, 7), normalisation="stable")
+    out = sparse_depthwise(
+        constant, weight, find_neighbours(points, 7), normalisation="stable", backend="reference"
+    )
     assert torch.equal(out, (constant * weight.sum(dim=(1, 2))))
     flat = weight.mean(dim=(1, 2), keepdim=True).expand_as(weight).contiguous()
-    out = sparse_depthwise(constant, flat, find_neighbours(points, 7), normalisation="ratio")
+    out = sparse_depthwise(
+        constant, flat, find_neighbours(points, 7), normalisation="ratio", backend="reference"
+    )
     torch.testing.assert_close(out, constant * weight.sum(dim=(1, 2)), rtol=0, atol=1e-10)
 
     lone = find_neighbours(scattered([(40, 40)], [1]), 7)
     value = normal(1, 3)
-    ratio = sparse_depthwise(value, weight, lone, normalisation="ratio")
+    ratio = sparse_depthwise(value, weight, lone, normalisation="ratio", backend="reference")
     torch.testing.assert_close(ratio, 49 * weight[:, 3, 3] * value)
-    stable = sparse_depthwise(value, weight, lone, normalisation="stable")
+    stable = sparse_depthwise(value, weight, lone, normalisation="stable", backend="reference")
     torch.testing.assert_close(stable, weight.sum(dim=(1, 2)) * value)
 
 
@@ -261,7 +289,10 @@ def test_gradients_are_derivatives(normalisation: Normalisation) -> None:
     neighbours = find_neighbours(scattered([(8, 8), (4, 4)], [20, 5], levels=2), 3)
     inputs = (normal(25, 2).requires_grad_(), normal(2, 3, 3, seed=1).requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda v, w: sparse_depthwise(v, w, neighbours, normalisation=normalisation), inputs
+        lambda v, w: sparse_depthwise(
+            v, w, neighbours, normalisation=normalisation, backend="reference"
+        ),
+        inputs,
     )
 
 
@@ -271,7 +302,13 @@ def test_no_points_at_all(normalisation: Normalisation) -> None:
     points = Points(empty, empty, empty, empty, torch.tensor([[4, 4]]))
     values = torch.zeros(0, 2, requires_grad=True)
     weight = torch.ones(2, 7, 7, requires_grad=True)
-    out = sparse_depthwise(values, weight, find_neighbours(points, 7), normalisation=normalisation)
+    out = sparse_depthwise(
+        values,
+        weight,
+        find_neighbours(points, 7),
+        normalisation=normalisation,
+        backend="reference",
+    )
     grads = torch.autograd.grad(out.sum(), (values, weight))
     assert out.shape == grads[0].shape == (0, 2)
     assert torch.equal(grads[1], torch.zeros_like(weight))
@@ -283,9 +320,15 @@ def test_bfloat16_is_accumulated_in_float32(normalisation: Normalisation) -> Non
     points, weight = full_lattice(24, 24), normal(3, 7, 7).float()
     values = normal(576, 3, seed=1).bfloat16()
     neighbours = find_neighbours(points, 7)
-    out = sparse_depthwise(values, weight, neighbours, normalisation=normalisation)
+    out = sparse_depthwise(
+        values, weight, neighbours, normalisation=normalisation, backend="reference"
+    )
     exact = sparse_depthwise(
-        values.double(), weight.double(), neighbours, normalisation=normalisation
+        values.double(),
+        weight.double(),
+        neighbours,
+        normalisation=normalisation,
+        backend="reference",
     )
     assert out.dtype == torch.bfloat16
     rounding = torch.finfo(torch.bfloat16).eps / 2
@@ -319,11 +362,11 @@ def test_a_resized_kernel_is_the_same_operator_on_a_smooth_function() -> None:
     """A wave at 2, 4 and 8 times the resolution: the answers converge."""
     weight, answers = normal(1, 7, 7), []
     for ratio in (2, 4, 8):
-        side = 64 * ratio
+        side = 24 * ratio
         y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / ratio] * 2, indexing="ij")
         wave = torch.sin(0.1 * y + 0.2 * x).double()[None, None]
         out = dense_depthwise(wave, resize_kernel(weight, float(ratio)), None, "stable")
-        middle = slice(16 * ratio, 48 * ratio)
+        middle = slice(8 * ratio, 16 * ratio)
         answers.append(F.avg_pool2d(out[..., middle, middle], ratio))
     scale = answers[-1].abs().max()
     coarse = (answers[0] - answers[2]).abs().max() / scale
@@ -347,8 +390,117 @@ def test_mistakes_are_sentences() -> None:
         find_neighbours(Points(zero, zero, far, far, torch.tensor([[side, side]])), 7)
     neighbours, weight = find_neighbours(points, 3), normal(2, 3, 3)
     with pytest.raises(ValueError, match="15 values for 16 points"):
-        sparse_depthwise(normal(15, 2), weight, neighbours, normalisation="ratio")
+        sparse_depthwise(
+            normal(15, 2), weight, neighbours, normalisation="ratio", backend="reference"
+        )
     with pytest.raises(ValueError, match="7 x 7 taps, but neighbours were found for 3"):
-        sparse_depthwise(normal(16, 2), normal(2, 7, 7), neighbours, normalisation="ratio")
+        sparse_depthwise(
+            normal(16, 2), normal(2, 7, 7), neighbours, normalisation="ratio", backend="reference"
+        )
+    with pytest.raises(ValueError, match="for 2 channels, but the values have 3"):
+        sparse_depthwise(
+            normal(16, 3), weight, neighbours, normalisation="ratio", backend="reference"
+        )
+    with pytest.raises(ValueError, match="move them to one device"):
+        sparse_depthwise(
+            normal(16, 2).to("meta"),
+            weight,
+            neighbours,
+            normalisation="ratio",
+            backend="reference",
+        )
     with pytest.raises(ValueError, match="positive ratio"):
         resize_kernel(weight, 0.0)
+
+
+def run_parity(interpret: bool) -> subprocess.CompletedProcess[str]:
+    """triton_parity.py in a process of its own: Triton decides at its import what it compiles."""
+    here = Path(__file__).parent
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", here / "triton_parity.py"],
+        cwd=here.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_tritons_kernels_are_the_reference_in_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    done = run_parity(interpret=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_tritons_kernels_are_the_reference_on_a_gpu() -> None:
+    done = run_parity(interpret=False)
+    assert done.returncode == 0, done.stdout
+
+
+class FakeConvolution:
+    """torchsparse's gather-scatter convolution by its documented semantics; checks its caller."""
+
+    @staticmethod
+    def apply(
+        features: Tensor, weight: Tensor, kmap: dict[str, Any], config: object, transposed: bool
+    ) -> Tensor:
+        maps, sizes, (n_in, n_out) = kmap["nbmaps"], kmap["nbsizes"], kmap["sizes"]
+        assert not transposed and n_in == n_out == len(features)
+        assert maps.dtype == sizes.dtype == torch.int32
+        assert len(maps) == int(sizes.sum()) and len(sizes) == len(weight)
+        assert features.dtype == weight.dtype == torch.float32
+        out = features @ weight[len(weight) // 2]
+        for tap, rows in enumerate(maps.long().split(sizes.tolist())):
+            source, target = rows.unbind(dim=1)
+            assert len(target.unique()) == len(target)
+            if tap == len(weight) // 2:
+                assert torch.equal(source, torch.arange(n_in))
+                assert torch.equal(target, torch.arange(n_in))
+            else:
+                out = out.index_add(0, target, features[source] @ weight[tap])
+        return out
+
+
+@pytest.fixture
+def fake_torchsparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "torchsparse"
+    for part in ("", ".backend", ".nn", ".nn.functional", ".nn.functional.conv"):
+        monkeypatch.setitem(sys.modules, name + part, ModuleType(name + part))
+    func = ModuleType(name + ".nn.functional.conv.func")
+    func.GatherScatterConvolutionFuntion = FakeConvolution  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, func.__name__, func)
+    monkeypatch.delitem(sys.modules, "model.operators.torchsparse_adapter", raising=False)
+
+
+@BOTH
+@pytest.mark.usefixtures("fake_torchsparse")
+def test_torchsparse_is_told_the_same_convolution(normalisation: Normalisation) -> None:
+    points = scattered([(12, 9), (5, 5), (9, 9)], [70, 0, 40])
+    neighbours, results = find_neighbours(points, 5), []
+    for backend in ("torchsparse", "reference"):
+        values = normal(110, 3).float().requires_grad_()
+        weight = normal(3, 5, 5, seed=1).float().requires_grad_()
+        out = sparse_depthwise(
+            values, weight, neighbours, normalisation=normalisation, backend=backend
+        )
+        results.append((out, *torch.autograd.grad(out.square().sum(), (values, weight))))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-3)
+
+
+def test_a_backend_that_cannot_run_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    neighbours, weight = find_neighbours(full_lattice(2, 2), 3), normal(2, 3, 3).float()
+
+    def call(backend: Any) -> None:
+        values = normal(4, 2).float()
+        sparse_depthwise(values, weight, neighbours, normalisation="ratio", backend=backend)
+
+    with pytest.raises(ValueError, match=r"needs a GPU, .* TRITON_INTERPRET=1"):
+        call("triton")
+    for module, remedy in (("triton", "pip install triton"), ("torchsparse", "build it from")):
+        monkeypatch.setitem(sys.modules, module, None)
+        for name in ("triton_kernels", "torchsparse_adapter"):
+            monkeypatch.delitem(sys.modules, f"model.operators.{name}", raising=False)
+        with pytest.raises(ValueError, match=f"backend '{module}' is not here .* {remedy}"):
+            call(module)

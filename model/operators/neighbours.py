@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
@@ -45,14 +46,27 @@ class Neighbours:
         return self.start.diff()
 
     @cached_property
+    def ordered_by_tap(
+        self,
+    ) -> tuple[Int64[Tensor, " taps1"], Int64[Tensor, " p"], Int64[Tensor, " p"]]:
+        """(first pair of every tap, points, their neighbours): the pairs tap by tap, and within
+        one in the order of the points.
+        """
+        order = self.tap.argsort(stable=True)
+        sizes = torch.bincount(self.tap, minlength=self.kernel**2)
+        return (
+            F.pad(sizes.cumsum(0), (1, 0)),
+            torch.repeat_interleave(self.counts)[order],
+            self.neighbour[order],
+        )
+
+    @cached_property
     def by_tap(self) -> list[tuple[int, Int64[Tensor, " q"], Int64[Tensor, " q"]]]:
         """(tap, points, their neighbours at it) for every tap that occurs; a point occurs at most
         once in each.
         """
-        order = self.tap.argsort(stable=True)
-        point = torch.repeat_interleave(self.counts)[order]
-        neighbour = self.neighbour[order]
-        sizes = torch.bincount(self.tap, minlength=self.kernel**2).tolist()
+        first, point, neighbour = self.ordered_by_tap
+        sizes = first.diff().tolist()
         parts = zip(point.split(sizes), neighbour.split(sizes), strict=True)
         return [(tap, i, j) for tap, (i, j) in enumerate(parts) if len(i)]
 
@@ -100,8 +114,7 @@ def find_neighbours(points: Points, kernel: int) -> Neighbours:
     dx = key_sorted[found] - key[point] - dy * stride[point]
     tap = (dy + r) * kernel + dx + r
     other = tap != kernel**2 // 2
-    start = torch.zeros(len(points) + 1, dtype=torch.int64, device=device)
-    start[1:] = (size.view(-1, kernel).sum(dim=1) - 1).cumsum(0)
+    start = F.pad((size.view(-1, kernel).sum(dim=1) - 1).cumsum(0), (1, 0))
     return Neighbours(kernel, start, order[found[other]], tap[other].int())
 
 

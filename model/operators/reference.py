@@ -28,8 +28,10 @@ def sparse_depthwise(
     neighbours: Neighbours,
     normalisation: Normalisation,
 ) -> Float[Tensor, "n c"]:
-    """The operator in the values' own precision; see `model.operators.contract`."""
-    return _SparseDepthwise.apply(values, weight.flatten(1), neighbours, normalisation)
+    """The operator of `model.operators.contract`; `weight` is of the precision of the sums."""
+    exact = values.to(weight.dtype)
+    out = _SparseDepthwise.apply(exact, weight.flatten(1), neighbours, normalisation)
+    return out.to(values.dtype)
 
 
 class _SparseDepthwise(torch.autograd.Function):
@@ -45,7 +47,7 @@ class _SparseDepthwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, weight)
         ctx.neighbours, ctx.normalisation = neighbours, normalisation
-        scale = gain(neighbours.counts, neighbours.kernel, normalisation, values)[:, None]
+        scale = gain(neighbours.counts, neighbours.kernel, normalisation, values.dtype)[:, None]
         if normalisation == "ratio":
             out = values * weight[:, weight.shape[1] // 2]
             return _add_pairs(out, values, weight, None, neighbours).mul_(scale)
@@ -57,7 +59,9 @@ class _SparseDepthwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         values, weight = ctx.saved_tensors
         neighbours, stable = ctx.neighbours, ctx.normalisation == "stable"
-        scale = gain(neighbours.counts, neighbours.kernel, ctx.normalisation, values)[:, None]
+        scale = gain(neighbours.counts, neighbours.kernel, ctx.normalisation, values.dtype)[
+            :, None
+        ]
         scaled, centre = grad * scale, weight.shape[1] // 2
         grad_values = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -132,7 +136,7 @@ def _normalise(
     normalisation: Normalisation,
 ) -> Float[Tensor, "b c h w"]:
     """From the sums over present taps (centre included) of weights times values and of weights."""
-    scale = gain((counts - 1).clamp(min=0), kernel, normalisation, sums)
+    scale = gain((counts - 1).clamp(min=0), kernel, normalisation, sums.dtype)
     out = taps * scale
     if normalisation == "ratio":
         return out

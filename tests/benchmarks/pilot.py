@@ -176,7 +176,7 @@ def draw_of(slide: Slide, levels: list[RegionLevels], design: Any, keys: list[in
         seen = values(np.stack(windows))
         return WindowDraw(lattice, there, *seen, torch.from_numpy(origins))
     cells = np.stack([design.cells(extent, (key, 0)) for key in keys])
-    seen = values(np.stack([each.cells(c, scale) for each, c in zip(levels, cells, strict=True)]))
+    seen = values(np.stack([each.points(c, scale) for each, c in zip(levels, cells, strict=True)]))
     return PointDraw(lattice, there, *seen, torch.from_numpy(cells), (SIDE, SIDE))
 
 
