@@ -36,7 +36,7 @@ from model.family import (
     make_objective,
     make_painter,
     noise_of,
-    schedule_of,
+    log_snrs_of,
 )
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.lattice import Box
@@ -230,7 +230,7 @@ def dense_estimate(
 
 def paint(denoiser: Denoiser, condition: Condition, seed: int) -> np.ndarray:
     fields = [ArrayField(np.zeros((3, SIDE, SIDE), np.float32)) for _ in range(2)]
-    steps = steps_through(schedule_of(denoiser), STEPS - 1)
+    steps = steps_through(log_snrs_of(denoiser, STEPS - 1))
     painter = make_painter(denoiser, condition, guidance=1.0, tile=TILE, level=0)
     start(fields[0], noise_of(denoiser), seed, steps[0].now)
     for step in steps:
@@ -256,7 +256,7 @@ def errors(slide: Slide, denoiser: Denoiser, name: str, log_snr: float) -> tuple
         assert isinstance(draw, PointDraw)
         points, values = draw.points()
         xi = noise_of(denoiser).at(torch.tensor([key]), points)
-        there = at.sigmoid().sqrt() * values + (-at).sigmoid().sqrt() * xi
+        there = values + torch.exp(-at / 2) * xi
         evaluation = denoiser.prepare(condition, at)
         out = denoiser(there, denoiser.support(points), evaluation)
         sparse = denoiser.estimate(out, there, points, at)
