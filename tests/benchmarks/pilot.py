@@ -32,11 +32,11 @@ from model.design import Extent, MixedDesign, UniformDesign, ZoomDesign
 from model.draw import Draw, PointDraw, WindowDraw
 from model.family import (
     Denoiser,
+    log_snrs_of,
     make_denoiser,
     make_objective,
     make_painter,
     noise_of,
-    log_snrs_of,
 )
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.lattice import Box
