@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from model.family import Denoiser, log_snrs_of, noise_of
+from model.deconvolve import WienerInverse, deconvolve
+from model.family import Denoiser, log_snrs_of, mollifier_of, noise_of
 from model.generate import (
     ArrayField,
     Estimator,
@@ -63,7 +64,8 @@ def paint(
     work: Path | None = None,
     report: Callable[[int, int], None] = lambda step, cells: None,
 ) -> ArrayField:
-    """The painted field, standardised x0_hat.
+    """The painted field, standardised x0_hat; where the process is mollified, sharpened by the
+    Wiener inverse of the mollifier.
 
     Args:
         work: folder of the trajectory's fields; None keeps them in memory.
@@ -91,7 +93,13 @@ def paint(
         else:
             finish(painter, last if number else first, state, partial(report, number))
         _mark(work, recipe, number + 1, seconds_before + time.monotonic() - started)
-    return fields[recipe.steps % 2]
+    painted, other = fields[recipe.steps % 2], fields[(recipe.steps + 1) % 2]
+    sigma_px = mollifier_of(denoiser)
+    if not sigma_px:
+        return painted
+    # What was painted stays as it is, so that a killed command can do this again.
+    deconvolve(painted, other, WienerInverse(sigma_px))
+    return other
 
 
 def _field(work: Path | None, name: str, shape: tuple[int, int, int]) -> ArrayField:

@@ -22,7 +22,7 @@ from jobs.engine import Ranks, build, from_first_rank, joined
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, RunState
 from jobs.run import Run, RunConfig, SupersededError
-from model.config import PyramidConfig, SparseConfig, preset
+from model.config import PyramidConfig, SparseConfig, changed, preset
 from model.family import Denoiser, make_denoiser, make_objective
 from pipeline import console
 from pipeline.packfile import PackSet
@@ -77,6 +77,9 @@ class Train:
     """Steps between lines of metrics.jsonl."""
     seed: int = 0
     """Another seed starts from other weights and sees other batches and noise."""
+    set: tuple[str, ...] = ()
+    """Choices of the preset to change, as NAME=VALUE: an ablation is one field of
+    model.config."""
     init_from: str | None = None
     """Weights to start from: weights.safetensors or ema.safetensors of another run."""
     dry_run: bool = False
@@ -95,8 +98,9 @@ def make_config(options: Train, packs: PackSet) -> RunConfig:
         denoiser = replace(denoiser, classes=len(settings.classes))
     if isinstance(denoiser, SparseConfig):
         denoiser = replace(denoiser, coarse_level=settings.coarse_level)
+    denoiser = changed(denoiser, options.set)
     denoiser.check_design(packs.design, settings.mollifier_sigma_px)
-    free = {"packs", "run", "max_minutes", "save_every", "log_every", "dry_run"}
+    free = {"packs", "run", "set", "max_minutes", "save_every", "log_every", "dry_run"}
     training = {k: v for k, v in asdict(options).items() if k not in free}
     octaves = denoiser.octaves(statistics.signal, statistics.residual, options.noise_floor)
     return RunConfig(options.preset, denoiser, octaves, settings, statistics, training)

@@ -7,8 +7,9 @@ saved beside its weights as JSON and read back with `config_from_dict`, which te
 by their keys and refuses keys it does not know.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.design import Design, PatchDesign, ZoomDesign
 from model.noise import NoiseSpectrum
@@ -248,6 +249,43 @@ def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
         return replace(PatchConfig(channels=channels, token_dim=token_dim), **PATCHES[name])
     names = ", ".join((*PYRAMIDS, *SPARSE, *PATCHES))
     raise ValueError(f"preset {name!r} does not exist; choose one of {names}")
+
+
+def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
+    """The configuration with fields changed by name=value, as on a command line; sizes are comma
+    separated.
+    """
+    known: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
+    kinds = get_type_hints(type(config))
+    given: dict[str, Any] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or name not in known:
+            raise ValueError(
+                f"{change!r} changes no field of this preset; write NAME=VALUE with one of "
+                f"{', '.join(known)}"
+            )
+        choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else None
+        if choices is not None and text not in choices:
+            raise ValueError(f"{name} {text!r} does not exist; choose one of {', '.join(choices)}")
+        try:
+            given[name] = _parsed(text, known[name])
+        except ValueError as error:
+            raise ValueError(
+                f"{name} is {known[name]!r} in this preset, so it takes a value of that kind, not "
+                f"{text!r}"
+            ) from error
+    return replace(config, **given)
+
+
+def _parsed(text: str, like: Any) -> Any:
+    if isinstance(like, tuple):
+        return tuple(int(part) for part in text.split(","))
+    if isinstance(like, bool):
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    return type(like)(text)
 
 
 def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:

@@ -58,6 +58,13 @@ def noise_of(denoiser: Denoiser) -> Noise:
     return NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
 
 
+def mollifier_of(denoiser: Denoiser) -> float:
+    """Deviation in pixels of what smooths the process's images and noise; 0 for nothing."""
+    if isinstance(denoiser, SparseOperatorDenoiser):
+        return denoiser.config.mollifier_sigma_px
+    return 0.0
+
+
 def make_painter(
     denoiser: Denoiser,
     condition: Condition,
