@@ -112,15 +112,16 @@ def test_packs_and_presets_that_do_not_fit_are_refused(
     assert "does not exist; choose one of knn, splat" in refused(*changes, "resampling=nearest")
     assert "changes no field of this preset" in refused(*changes, "resample=knn")
     assert "takes a value of that kind, not 'seven'" in refused(*changes, "kernel=seven")
+    assert "do not divide into heads of 32" in refused(*changes, "unet_widths=16,48,96")
     assert "set mollifier_sigma_px to 0" in refused(*changes, "means=true")
     assert not folder.exists()
 
 
 def test_an_ablation_is_one_field(chain: Chain, packs: Path, tmp_path: Path) -> None:
-    changes = ["--set", "normalisation=stable", "unet_widths=16,32", "self_attention=false"]
+    changes = ["--set", "normalisation=stable", "unet_widths=32,64", "self_attention=false"]
     options = arguments(chain, packs, tmp_path / "run", *changes, "--steps", "1")
     assert jobs.train.main(options) == 0
     config = Run(tmp_path / "run").config().denoiser
     assert isinstance(config, SparseConfig)
-    assert (config.normalisation, config.unet_widths) == ("stable", (16, 32))
+    assert (config.normalisation, config.unet_widths) == ("stable", (32, 64))
     assert not config.self_attention

@@ -73,6 +73,12 @@ class SparseConfig:
             )
         if self.width % self.heads:
             raise ValueError(f"a width of {self.width} does not divide into {self.heads} heads")
+        attending = self.unet_widths[len(self.unet_widths) - self.unet_attention :]
+        if self.unet_self_attention and any(w % self.unet_head_dim for w in attending):
+            raise ValueError(
+                f"the U-Net's widths {attending} do not divide into heads of "
+                f"{self.unet_head_dim}; choose other unet_widths or another unet_head_dim"
+            )
         if self.means and self.mollifier_sigma_px:
             raise ValueError(
                 "the exact area means of mollified noise are not known without all its pixels; "
