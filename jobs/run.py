@@ -39,8 +39,8 @@ from jobs.record import (
 )
 from model.config import DenoiserConfig, config_from_dict
 from model.family import Denoiser, make_denoiser
-from model.noise import NoiseSpectrum
 from model.process import Octaves
+from model.spectrum import NoiseSpectrum
 from pipeline import console
 from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.design import Design, PatchDesign, ZoomDesign
-from model.noise import NoiseSpectrum
 from model.process import Octaves
 from model.sparse.config import PRESETS as SPARSE
 from model.sparse.config import SparseConfig, check_mollifier
+from model.spectrum import NoiseSpectrum
 
 PUBLISHED_OVERLAP = 0.75
 
@@ -33,6 +33,7 @@ class PyramidConfig:
     how many of them, from the coarsest, attend to the tokens (to themselves, with
     unet_self_attention). unet_layers, unet_head_dim, unet_groups: layers a resolution, width of a
     head, groups of GroupNorm. classes: how many labels an image may have.
+    schedule: see `model.schedule`; of training's noise levels and of sampling's steps.
     """
 
     channels: int
@@ -53,6 +54,7 @@ class PyramidConfig:
     unet_groups: int = 16
     unet_self_attention: bool = False
     classes: int = 0
+    schedule: str = "uniform"
 
     def __post_init__(self) -> None:
         if not len(self.widths) == len(self.blocks) == self.coarse_level:

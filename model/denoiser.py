@@ -24,6 +24,7 @@ from model.coarse import CoarseNet
 from model.config import PyramidConfig
 from model.haar import detail, repeat, slope_detail
 from model.process import Octaves, precondition
+from model.schedule import make_schedule
 from model.wiener import precondition_lattice, wiener
 
 
@@ -96,6 +97,8 @@ class PyramidDenoiser(nn.Module):
             )
         self.config = config
         self.octaves = octaves
+        side_px = 1 << octaves.noise.top_level
+        self.schedule = make_schedule(config.schedule, side_px=side_px, octaves=octaves)
         self.tokens = TokenEncoder(config.token_dim, config.token_width, config.classes)
         self.coarse = CoarseNet(config)
         parents = (config.lattice_width, *config.widths)

@@ -13,7 +13,7 @@ from model.generate import Painter
 from model.noise import Noise, NoiseTree
 from model.objective import PyramidObjective
 from model.process import Octaves
-from model.schedule import UniformLogSNR, levels
+from model.schedule import UniformLogSNR, levels, log_snr_range
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
@@ -46,9 +46,9 @@ def log_snrs_of(denoiser: Denoiser, steps: int) -> list[float]:
     the time of the denoiser's own schedule, or in the log-SNR.
     """
     low, high = denoiser.octaves.log_snr_range()
-    if isinstance(denoiser, SparseOperatorDenoiser):
-        return levels(denoiser.schedule, *denoiser.log_snr_range, steps)
-    return levels(UniformLogSNR(low, high), low, high, steps)
+    if isinstance(denoiser, PatchDenoiser):
+        return levels(UniformLogSNR(low, high), low, high, steps)
+    return levels(denoiser.schedule, *log_snr_range(denoiser.schedule, denoiser.octaves), steps)
 
 
 def noise_of(denoiser: Denoiser) -> Noise:

@@ -18,6 +18,7 @@ from model.denoiser import Layer, PyramidDenoiser, crop
 from model.draw import WindowDraw
 from model.lattice import Box
 from model.noise import NoiseTree
+from model.schedule import draw_log_snr, log_snr_range
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class PyramidObjective(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
-        self.low, self.high = denoiser.octaves.log_snr_range()
+        self.low, self.high = log_snr_range(denoiser.schedule, denoiser.octaves)
 
     def forward(
         self,
@@ -74,7 +75,7 @@ class PyramidObjective(nn.Module):
         range.
         """
         noise = draw_noise(self.tree, seeds, draw)
-        log_snr = self.low + (self.high - self.low) * uniform
+        log_snr = draw_log_snr(self.denoiser.schedule, uniform, self.low, self.high)
         return level_losses(self.denoiser, draw, noise, log_snr, condition)
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.noise import NoiseSpectrum
+from model.spectrum import NoiseSpectrum
 
 _LEAST_VARIANCE = 1e-4
 

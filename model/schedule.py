@@ -168,6 +168,12 @@ def make_schedule(
     raise ValueError(f"schedule {name!r} does not exist; choose {', '.join(SCHEDULES)}")
 
 
+def log_snr_range(schedule: Schedule, octaves: Octaves) -> tuple[float, float]:
+    """From drowned to clean in every octave, as far as the schedule goes."""
+    low, high = octaves.log_snr_range()
+    return max(low, schedule.low), min(high, schedule.high)
+
+
 def draw_log_snr(
     schedule: Schedule, uniform: Float[Tensor, "*b"], low: float, high: float
 ) -> Float[Tensor, "*b"]:

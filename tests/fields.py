@@ -11,8 +11,8 @@ from model.denoiser import PyramidDenoiser, crop
 from model.design import Extent, ZoomDesign
 from model.draw import WindowDraw
 from model.haar import parent_means
-from model.noise import NoiseSpectrum
 from model.process import Octaves
+from model.spectrum import NoiseSpectrum
 
 CONFIG = PyramidConfig(
     channels=2,

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from model.lattice import Box
 from model.mollifier import gaussian_taps, mollify
 from model.mollify import MollifiedNoise
-from model.noise import Noise, NoiseSpectrum, NoiseTree
+from model.noise import Noise, NoiseTree
 from model.points import Points, full_lattice
+from model.spectrum import NoiseSpectrum
 
 WHITE = NoiseTree(NoiseSpectrum(top_level=8, coarse_level=5, floor=0.0), channels=2)
 NOISE = MollifiedNoise(WHITE, sigma_px=1.0)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from model.cells import Cells
 from model.lattice import Box
-from model.noise import NoiseSpectrum, NoiseTree
+from model.noise import NoiseTree
 from model.philox import philox_4x32
 from model.points import Points, full_lattice
+from model.spectrum import NoiseSpectrum
 
 WHITE = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.0)
 FLOORED = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.005)

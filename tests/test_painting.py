@@ -24,8 +24,9 @@ from model.generate import (
 )
 from model.lattice import Box, tiles
 from model.mollify import MollifiedNoise
-from model.noise import Noise, NoiseSpectrum, NoiseTree
+from model.noise import Noise, NoiseTree
 from model.solver import DDIM, DPMSolverPP2M, Solver, uniform_steps
+from model.spectrum import NoiseSpectrum
 
 MEAN, RATIO = 0.7, 2.5
 LOW, HIGH = -9.0, 9.0

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from model.noise import NoiseSpectrum
 from model.process import Octaves
 from model.schedule import (
     SCHEDULES,
@@ -21,6 +20,7 @@ from model.schedule import (
     levels,
     make_schedule,
 )
+from model.spectrum import NoiseSpectrum
 
 # Detail variances of 4096^2 px of an H&E slide (0.5 um a pixel), colours whitened.
 SLIDE = (

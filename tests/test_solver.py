@@ -10,7 +10,6 @@ import math
 import pytest
 import torch
 
-from model.noise import NoiseSpectrum
 from model.process import Octaves
 from model.solver import (
     DDIM,
@@ -21,6 +20,7 @@ from model.solver import (
     steps_through,
     uniform_steps,
 )
+from model.spectrum import NoiseSpectrum
 
 MEAN, SIGNAL, NOISE = 0.7, 0.3, 0.02
 LOW, HIGH = -9.0, 9.0

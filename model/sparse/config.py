@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from model.design import Design, PointDesign
-from model.noise import NoiseSpectrum
 from model.operators.normalisation import Normalisation
 from model.process import Octaves
+from model.spectrum import NoiseSpectrum
 
 CrossAttention = Literal["operator", "softmax", "lookup", "none"]
 Resampling = Literal["knn", "splat"]

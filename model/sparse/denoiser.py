@@ -176,12 +176,6 @@ class SparseOperatorDenoiser(nn.Module):
         signal, noise = table[points.level].unbind(dim=-1)
         return make_target(self.config.target, signal, noise)
 
-    @property
-    def log_snr_range(self) -> tuple[float, float]:
-        """From drowned to clean in every octave, as far as the schedule goes."""
-        low, high = self.octaves.log_snr_range()
-        return max(low, self.schedule.low), min(high, self.schedule.high)
-
     def complete(self, total: Part, evaluation: Evaluation) -> Any:
         """What the sum of all contributions comes to: what `run` is sent."""
         if isinstance(total, AttentionSums):

@@ -14,7 +14,7 @@ from model.attention import Condition
 from model.draw import PointDraw
 from model.lattice import Box
 from model.philox import philox_4x32
-from model.schedule import draw_log_snr
+from model.schedule import draw_log_snr, log_snr_range
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
 from model.targets import make_weight
 
@@ -29,6 +29,7 @@ class SparseObjective(nn.Module):
     def __init__(self, denoiser: SparseOperatorDenoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.low, self.high = log_snr_range(denoiser.schedule, denoiser.octaves)
         self.weight = make_weight(denoiser.config.weight, denoiser.schedule)
 
     def forward(
@@ -43,7 +44,7 @@ class SparseObjective(nn.Module):
         """
         denoiser = self.denoiser
         points, truth = draw.points()
-        log_snr = draw_log_snr(denoiser.schedule, uniform, *denoiser.log_snr_range)
+        log_snr = draw_log_snr(denoiser.schedule, uniform, self.low, self.high)
         noise = denoiser.noise.at(seeds, points).to(truth)
         observed = truth + torch.exp(-log_snr[points.image, None] / 2) * noise
         means = self._means(draw, seeds, log_snr) if denoiser.config.means else None

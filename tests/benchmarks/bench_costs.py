@@ -21,9 +21,10 @@ from model.design import Extent, ZoomDesign
 from model.draw import WindowDraw
 from model.generate import ArrayField, Painter
 from model.lattice import Box
-from model.noise import NoiseSpectrum, NoiseTree
+from model.noise import NoiseTree
 from model.objective import PyramidObjective
 from model.process import Octaves
+from model.spectrum import NoiseSpectrum
 
 REPEATS = 5
 
