@@ -46,8 +46,9 @@ class Train:
     run: Path
     """Folder of the run."""
     preset: str = "brush"
-    """Size of the denoiser: brush (450M parameters), small, or tiny (two CPU cores); patch-brush
-    and patch are patch diffusion of the sizes of brush and tiny, for packs of --design patch."""
+    """Kind and size of the denoiser: brush (450M parameters), small, or tiny (two CPU cores);
+    paper and paper-tiny are the papers' sparse operators, for packs of --design uniform
+    --mollifier 1; patch-brush and patch are patch diffusion, for packs of --design patch."""
     steps: int = 100_000
     """Steps of the whole run."""
     max_minutes: float | None = None
