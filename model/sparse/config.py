@@ -1,7 +1,7 @@
 """Every choice of a `SparseOperatorDenoiser` as one field, and its presets."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from model.design import Design, PointDesign
 from model.operators.normalisation import Normalisation
@@ -12,6 +12,13 @@ CrossAttention = Literal["operator", "softmax", "lookup", "none"]
 Resampling = Literal["knn", "splat"]
 Tokens = Literal["one", "lattice"]
 Sums = Literal["all", "subset"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "normalisation": get_args(Normalisation),
+    "cross_attention": get_args(CrossAttention),
+    "resampling": get_args(Resampling),
+    "tokens": get_args(Tokens),
+    "sums": get_args(Sums),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class SparseConfig:
     unet_self_attention: bool = True
 
     def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} does not exist; choose {', '.join(choices)}"
+                )
         if self.kernel % 2 == 0 or self.blocks < 1:
             raise ValueError(
                 f"a sparse denoiser needs an odd kernel and at least one block, but got "

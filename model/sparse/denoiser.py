@@ -28,7 +28,7 @@ from model.operator_attention import AttentionSums
 from model.operators.contract import Backend
 from model.points import Points
 from model.process import Octaves
-from model.resample import Splat, interpolate
+from model.resample import Splat, interpolate, lattice_shape
 from model.schedule import make_schedule
 from model.sparse.blocks import LatticeNet, PointBlock
 from model.sparse.config import SparseConfig
@@ -111,6 +111,16 @@ class SparseOperatorDenoiser(nn.Module):
         """A condition and a noise level, encoded once for all points."""
         if self.config.means and means is None:
             raise ValueError("this denoiser reads the area means of u_t; give them")
+        if not self.config.means and means is not None:
+            raise ValueError(
+                "area means of u_t were given to a denoiser that reads none; leave them out, or "
+                "train with means=True"
+            )
+        if len(condition.values) != len(log_snr):
+            raise ValueError(
+                f"a condition of {len(condition.values)} images was given the noise levels of "
+                f"{len(log_snr)}; give one of each an image"
+            )
         if self.config.tokens == "one":
             condition = pooled(condition)
         attended, lattice = self.tokens(condition)
@@ -134,6 +144,7 @@ class SparseOperatorDenoiser(nn.Module):
     ) -> Forward:
         """The forward over some points of an image, as a coroutine (see the module)."""
         points = support.points
+        self._check(observed, points, evaluation)
         scale = self.target_at(points).input_scale(evaluation.log_snr[points.image])
         level = self.config.coarse_level
         encoded = evaluation.embedding, evaluation.tokens
@@ -171,7 +182,9 @@ class SparseOperatorDenoiser(nn.Module):
 
     def target_at(self, points: Points) -> Target:
         """What is asked for at points, whose cells may be of several sizes."""
-        variances = [self.octaves.variances(level) for level in range(self.config.coarse_level)]
+        variances = [
+            self.octaves.variances(level) for level in range(self.config.coarse_level + 1)
+        ]
         table = torch.tensor(variances, device=points.level.device).to(self.norm.weight.dtype)
         signal, noise = table[points.level].unbind(dim=-1)
         return make_target(self.config.target, signal, noise)
@@ -189,6 +202,28 @@ class SparseOperatorDenoiser(nn.Module):
         if self.config.tokens == "lattice":
             inputs = torch.cat([inputs, self._token_inputs(inputs, tokens)], dim=-1)
         return self.lattice(inputs, evaluation.log_snr, tokens.attended)
+
+    def _check(
+        self, observed: Float[Tensor, "_ c"], points: Points, evaluation: Evaluation
+    ) -> None:
+        """A `ValueError` where values, points, condition and means are not of one batch."""
+        if len(observed) != len(points):
+            raise ValueError(f"{len(observed)} values do not fit {len(points)} points")
+        if len(evaluation.log_snr) != points.batch:
+            raise ValueError(
+                f"points of {points.batch} images were given the condition and noise levels of "
+                f"{len(evaluation.log_snr)}; give one of each an image"
+            )
+        if evaluation.means is None:
+            return
+        wanted = (points.batch, *lattice_shape(points, self.config.coarse_level))
+        given = tuple(evaluation.means.observed.shape[:3])
+        if given != wanted:
+            raise ValueError(
+                f"area means on {given[0]} lattices of {given[1]}x{given[2]} cells do not fit "
+                f"points of {wanted[0]} images with {wanted[1]}x{wanted[2]} cells of "
+                f"{self.config.cell_px} px"
+            )
 
     def _mean_inputs(self, evaluation: Evaluation) -> list[Float[Tensor, "b hl wl _"]]:
         """The means in units of their deviation, their linear estimate, and which are there."""

@@ -53,11 +53,15 @@ class SparseObjective(nn.Module):
         wanted = denoiser.wanted(truth, noise, points, log_snr)
         weight = self.weight(denoiser.target_at(points), log_snr[points.image])
         error = (out - wanted).square().mean(dim=-1) * weight
-        # Over the points that a draw has, absent ones too: every point counts alike, and the
+        # Over the points that each draw has, absent ones too: every image counts alike, and the
         # loss of a batch is the mean of those of its parts, however ranks share it.
-        most = torch.bincount(draw.cells[..., 0].flatten())
-        losses = error.new_zeros(len(most)).index_add(0, points.level, error)
-        return losses / most.clamp_min(1)
+        level = draw.cells[..., 0]
+        batch, levels = len(level), int(level.max()) + 1
+        image = torch.arange(batch, device=level.device)[:, None]
+        most = torch.bincount((image * levels + level).flatten(), minlength=batch * levels)
+        place = points.image * levels + points.level
+        losses = error.new_zeros(batch * levels).index_add(0, place, error)
+        return (losses / most.clamp_min(1)).view(batch, levels).mean(dim=0)
 
     def _means(
         self, draw: PointDraw, seeds: Int64[Tensor, " b"], log_snr: Float[Tensor, " b"]

@@ -175,13 +175,12 @@ class SparsePainter:
         if (height, width) not in self._subsets:
             self._subsets[height, width] = keyed_subset(height, width, self.density)
         points = self._subsets[height, width]
-        values = torch.empty(len(points), field.shape[0])
+        values = torch.empty(len(points), field.shape[0], dtype=like.dtype)
         for box in tiles(height, width, READ_PX):
             inside = (points.y >= box.y) & (points.y < box.y + box.height)
             inside &= (points.x >= box.x) & (points.x < box.x + box.width)
-            values[inside] = field.read(box)[
-                :, points.y[inside] - box.y, points.x[inside] - box.x
-            ].T
+            read = field.read(box)[:, points.y[inside] - box.y, points.x[inside] - box.x]
+            values[inside] = read.T.to(values)
         observed = values.to(like) * (1 + torch.exp(-evaluation.log_snr)).sqrt()
         return observed, self.denoiser.support(points.to(like.device))
 

@@ -54,12 +54,31 @@ class Support(Protocol):
 
 @dataclass(frozen=True)
 class PointSupport:
-    """Sparse points of a batch of images; neighbours are found once for all blocks."""
+    """Sparse points of a batch of images; neighbours are found once for all blocks.
+
+    The images' lattices have one size: the U-Net normalises over all of its lattice, so that rows
+    and columns that only another image has would change what it gives.
+    """
 
     points: Points
     config: SparseConfig
     backend: Backend = "reference"
     interior: None = None
+
+    def __post_init__(self) -> None:
+        level, points = self.config.coarse_level, self.points
+        lattices = (points.sizes_px - 1 >> level).unique(dim=0)
+        if len(lattices) > 1:
+            raise ValueError(
+                f"images of {points.sizes_px.unique(dim=0).tolist()} px need lattices of "
+                f"{len(lattices)} sizes, but those of one batch share one; put images of one size "
+                "in a batch"
+            )
+        if len(points) and int(points.level.max()) > level:
+            raise ValueError(
+                f"a point of level {int(points.level.max())} is coarser than the lattice of level "
+                f"{level}, in whose cells points lie; draw finer cells"
+            )
 
     @cached_property
     def neighbours(self) -> Neighbours:
@@ -124,7 +143,7 @@ class TileSupport:
     @cached_property
     def weights(self) -> Float[Tensor, " n"]:
         share = 1.0 / (self.height_px * self.width_px)
-        return torch.full((len(self.points),), share, device=self.device)
+        return torch.full((len(self.points),), share, dtype=torch.float64, device=self.device)
 
     def depthwise(
         self, values: Float[Tensor, "n c"], weight: Float[Tensor, "c k k"]

@@ -9,12 +9,11 @@ in proportion. Parity is checked before anything is timed. Nothing is asserted a
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.bench_costs import report, seconds
+from benchmarks.bench_costs import extra_gb, report, seconds
 from torch import Tensor, nn
 
 from model.operators.contract import sparse_depthwise
@@ -71,19 +70,6 @@ def inputs(device: str = "cpu") -> tuple[Tensor, Tensor]:
     values = torch.randn(POINTS, CHANNELS, generator=draw)
     weight = torch.randn(CHANNELS, KERNEL, KERNEL, generator=draw) / KERNEL
     return values.to(device), weight.to(device)
-
-
-def extra_gb(work: Callable[[], object]) -> float:
-    """How much more memory than now this process holds at most during `work` (Linux)."""
-
-    def held(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-    before = held("VmRSS")
-    work()
-    return (held("VmHWM") - before) * 1024 / 1e9
 
 
 class Block(nn.Module):
