@@ -165,15 +165,11 @@ def test_the_latent_model_recovers_the_mean_and_covariance_of_a_mixture() -> Non
     print(torch.cov(drawn.T), torch.cov(data.T))
     print(float((drawn[:, 0] > 0.5).double().mean()))
     torch.testing.assert_close(drawn.mean(dim=0), data.double().mean(dim=0), atol=0.1, rtol=0)
-    torch.testing.assert_close(
-        torch.cov(drawn.T), torch.cov(data.double().T), atol=0.12, rtol=0
-    )
+    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(data.double().T), atol=0.12, rtol=0)
     # Two clusters, not one Gaussian of that covariance.
     first = drawn[:, 0] > 0.5
     assert abs(float(first.double().mean()) - 0.3) < 0.04
-    torch.testing.assert_close(
-        drawn[first].mean(dim=0), MIXTURE[0], atol=0.1, rtol=0
-    )
+    torch.testing.assert_close(drawn[first].mean(dim=0), MIXTURE[0], atol=0.1, rtol=0)
 
 
 def test_a_draw_is_a_function_of_its_seed_and_number() -> None:
@@ -195,8 +191,10 @@ def test_with_the_exact_denoiser_the_solver_draws_the_gaussian_itself(name: str)
 
     def exact(z: Tensor, log_snr: float) -> Tensor:
         alpha, variance = 1 / math.sqrt(1 + math.exp(-log_snr)), 1 / (1 + math.exp(log_snr))
-        gain = alpha * covariance @ torch.linalg.inv(
-            alpha**2 * covariance + variance * torch.eye(2).double()
+        gain = (
+            alpha
+            * covariance
+            @ torch.linalg.inv(alpha**2 * covariance + variance * torch.eye(2).double())
         )
         return mean + (z - alpha * mean) @ gain.T
 

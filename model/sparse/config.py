@@ -26,11 +26,12 @@ class SparseConfig:
     width, blocks: features of a point, and blocks before and after the lattice. kernel,
     normalisation: of the depthwise operators (see `operators.contract`). cross_attention: how
     points read the tokens. self_attention: whether they read each other. tokens: `one` is the mean
-    of the finest lattice, a single vector for an image, `none` reads none at all. resampling: how features come to the
-    lattice. sums: whether an image that is painted is summed over all its pixels, or over a keyed
-    subset as dense as what was trained on (see `painter`). means: whether the exact area means of
-    u_t come with them, which needs unmollified noise. feature_dropout: how often the features of
-    points are left out of the lattice in training, so that the means alone suffice.
+    of the finest lattice, a single vector for an image, `none` reads none at all. resampling: how
+    features come to the lattice. sums: whether an image that is painted is summed over all its
+    pixels, or over a keyed subset as dense as what was trained on (see `painter`). means: whether
+    the exact area means of u_t come with them, which needs unmollified noise. feature_dropout: how
+    often the features of points are left out of the lattice in training, so that the means alone
+    suffice.
     mollifier_sigma_px: deviation of the Gaussian that smooths data and noise; 0 for none.
     schedule, target, weight: see `model.schedule` and `model.targets`.
     unet_*: as in `PyramidConfig`; unet_self_attention: its coarsest resolutions attend to

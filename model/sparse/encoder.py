@@ -12,6 +12,7 @@ scale without a prior: a KL term, which ∞-Diff's code computes and never adds,
 way to do so. There is none; the moments that remain are measured when the latent model is fitted.
 """
 
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from diffusers.models.autoencoders.vae import Encoder
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from model.operator_attention import AttentionSums
 from model.sparse.blocks import PointBlock
 from model.sparse.config import SparseConfig
 from model.sparse.support import PointSupport
@@ -55,8 +57,9 @@ class LatentEncoder(nn.Module):
         self, truth: Float[Tensor, "n c"], support: PointSupport
     ) -> Float[Tensor, "b latent"]:
         x = self.observe(truth) + self.scale(support.points.level)
+        clean = self.clean.expand(support.points.batch, -1)
         for block in self.blocks:
-            x = _over_all(block, x, support, self.clean)
+            x = _over_all(block(x, support, clean))
         lattice = support.to_lattice(x).apply().permute(0, 3, 1, 2)
         return normalised(self._pooled(lattice, support))
 
@@ -65,7 +68,7 @@ class LatentEncoder(nn.Module):
     ) -> Float[Tensor, "b latent"]:
         """The mean over the coarsest cells, image size by image size: padding is of one's own."""
         cells = (support.points.sizes_px - 1 >> support.config.coarse_level) + 1
-        found = {}
+        found: dict[int, Tensor] = {}
         for h, w in {(int(h), int(w)) for h, w in cells.tolist()}:
             mine = (cells == cells.new_tensor([h, w])).all(dim=1).nonzero()[:, 0]
             padding = (0, -w % self.multiple, 0, -h % self.multiple)
@@ -80,16 +83,12 @@ def normalised(z: Float[Tensor, "b latent"]) -> Float[Tensor, "b latent"]:
 
 
 def _over_all(
-    block: PointBlock,
-    x: Float[Tensor, "n w"],
-    support: PointSupport,
-    embedding: Float[Tensor, "1 e"],
+    run: Generator[AttentionSums, AttentionSums, Float[Tensor, "n w"]],
 ) -> Float[Tensor, "n w"]:
     """A block over the points of a draw, which are all that there is: its sums are complete."""
-    run = block(x, support, embedding.expand(support.points.batch, -1), None)
     try:
-        part = next(run)
+        sums = next(run)
         while True:
-            part = run.send(part)
+            sums = run.send(sums)
     except StopIteration as end:
         return end.value
