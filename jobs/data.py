@@ -150,7 +150,7 @@ class Batches:
         condition = to_condition([sample.tokens for sample in samples], scale, keep)
         labels = [sample.label for sample in samples]
         return Batch(
-            self._draw([sample.drawn for sample in samples]),
+            self.draw([sample.drawn for sample in samples]),
             with_labels(condition, self.packs.settings.classes, labels, keep_label),
             torch.tensor(seeds, dtype=torch.int64),
             torch.tensor(uniform, dtype=torch.float32),
@@ -171,7 +171,8 @@ class Batches:
         view = self.packs.design.view(sample.drawn.origins)
         return sample if view is None else replace(sample, tokens=within(sample.tokens, view))
 
-    def _draw(self, drawn: list[Drawn]) -> Draw:
+    def draw(self, drawn: list[Drawn]) -> Draw:
+        """Draws of the packs, standardised and collated."""
         lattice, lattice_present = self._standardise([d.lattice for d in drawn])
         points = [d for d in drawn if isinstance(d, DrawnPoints)]
         if points:

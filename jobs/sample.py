@@ -1,4 +1,5 @@
-"""python -m jobs.sample: paint large images with a trained run, each after the tokens of a region.
+"""python -m jobs.sample: paint large images with a trained run, each after the tokens of a region,
+or after a vector that the run's latent model draws (`jobs.subject`).
 
 An image is painted tile by tile in fields on disk, written as OME-Zarr, then exported. A killed
 command goes on with the step it was in, and images that are done are kept.
@@ -9,8 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,10 +19,10 @@ import torch
 import tyro
 
 from conditioning.encoders import choose_device
-from conditioning.layout import Fill, condition_of, in_words, lay_out
-from conditioning.tokens import from_store, to_condition, with_labels
+from conditioning.layout import Fill
 from jobs.painting import Recipe, paint, painting_seconds
 from jobs.run import Run, RunConfig
+from jobs.subject import RegionSubject, Subject, regions_for, subjects_without_condition
 from model.config import DenoiserConfig
 from model.family import Denoiser, make_painter
 from model.generate import ArrayField
@@ -31,7 +31,7 @@ from pipeline import console
 from pipeline.export import export_image
 from pipeline.ome import OmeImage
 from pipeline.plan import PYRAMID_FACTOR
-from pipeline.store import UNITS, Region, Store
+from pipeline.store import UNITS, Store
 
 SUFFIXES = {"ome-tiff": ".ome.tif", "tiff": ".tif", "cog": ".cog.tif"}
 SCALES = {2.0**-level: level for level in range(4)}
@@ -39,21 +39,24 @@ SCALES = {2.0**-level: level for level in range(4)}
 
 @dataclass(frozen=True)
 class Sample:
-    """Paint images after the conditions of regions; the same command resumes.
+    """Paint images after the conditions of regions, or after none; the same command resumes.
 
         python -m jobs.sample run --condition dataset.zarr --out images
-        python -m jobs.sample run --condition dataset.zarr --out images --region 0 5 --seed 7
-        python -m jobs.sample run --condition dataset.zarr --out images --size 4096x8192
+        python -m jobs.sample run --condition dataset.zarr --out images --region 5 --size 2048x4096
+        python -m jobs.sample run --unconditional 4 --out images
 
     Each becomes an OME-Zarr image, and the files that --format names.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
-    condition: Path
-    """The dataset store whose regions condition the images; embedded by the run's encoder."""
     out: Path
     """Folder of the images."""
+    condition: Path | None = None
+    """The dataset store whose regions condition the images; embedded by the run's encoder."""
+    unconditional: int | None = None
+    """Instead: so many images after no condition, of the seeds --seed and following; the run needs
+    python -m jobs.latents first."""
     region: tuple[int, ...] = ()
     """Rows K of the store's region table; by default the first region that was not trained on."""
     size: str = "region"
@@ -96,53 +99,32 @@ class Sample:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sample command, resolved: one recipe, several regions."""
+    """A sample command, resolved: one recipe, several subjects."""
 
     config: RunConfig
-    regions: tuple[Region, ...]
+    subjects: tuple[Subject, ...]
     recipe: Recipe
     size_px: tuple[int, int]
     tile: int
     device: torch.device
 
 
-def make_plan(options: Sample, store: Store) -> Plan:
+def make_plan(options: Sample) -> Plan:
     """Resolve the options against the run and the store."""
     config = Run(options.run).config()
-    spec = store.spec
-    if (spec.unit, spec.spacing, spec.bands) != (
-        config.packs.unit,
-        config.packs.spacing,
-        config.packs.bands,
-    ):
-        raise ValueError(
-            f"{options.condition} holds {','.join(spec.bands)} at {spec.spacing:g} {spec.unit}, "
-            f"the run was trained on {','.join(config.packs.bands)} at "
-            f"{config.packs.spacing:g} {config.packs.unit}; ingest again to match"
-        )
     if options.scale not in SCALES:
         raise ValueError(f"--scale takes 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
     _check_label(options.label, config)
-    regions = store.regions()
-    unknown = [k for k in options.region if not 0 <= k < len(regions)]
-    if unknown:
-        raise ValueError(
-            f"--region {unknown[0]} does not exist; {options.condition} has regions 0 to "
-            f"{len(regions) - 1}"
-        )
-    chosen = [regions[k] for k in options.region]
-    if not chosen:
-        chosen = [min(regions, key=lambda region: (region.split == "train", region.index))]
-    height, width = _size(options.size, chosen[0].side)
-    chosen = _share(options.share, chosen)
+    subjects = _share(options.share, _subjects(options, config))
+    size_px = subjects[0].size_px
     level, coarse = SCALES[options.scale], config.denoiser.cell_px
     device = choose_device(options.device)
-    overlap = config.denoiser.overlap(options.overlap, height, width, level)
+    overlap = config.denoiser.overlap(options.overlap, *size_px, level)
     make_solver(options.solver, options.eta)
     # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
     recipe = Recipe(
-        -(-height // coarse) * coarse >> level,
-        -(-width // coarse) * coarse >> level,
+        -(-size_px[0] // coarse) * coarse >> level,
+        -(-size_px[1] // coarse) * coarse >> level,
         options.steps,
         options.seed,
         options.guidance,
@@ -154,7 +136,34 @@ def make_plan(options: Sample, store: Store) -> Plan:
     if options.steps < 1:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
     tile = _tile(options.tile, device, config.denoiser)
-    return Plan(config, tuple(chosen), recipe, (height, width), tile, device)
+    return Plan(config, tuple(subjects), recipe, size_px, tile, device)
+
+
+def _subjects(options: Sample, config: RunConfig) -> Sequence[Subject]:
+    """What is to be painted after; a `ValueError` for options that contradict each other."""
+    if options.unconditional is not None:
+        if options.condition is not None or options.region:
+            raise ValueError(
+                "--unconditional paints after no region; leave --condition and --region out, or "
+                "--unconditional"
+            )
+        size_px = _size(options.size, config.packs.side_px)
+        run, number = Run(options.run), options.unconditional
+        return subjects_without_condition(
+            run, config, number, options.seed, size_px, options.label
+        )
+    if options.condition is None:
+        raise ValueError(
+            "--condition is missing: name the dataset store whose regions the images are painted "
+            "after, or ask for --unconditional N images of a run with a latent model"
+        )
+    store = Store.open(options.condition)
+    regions = regions_for(store, config, options.region)
+    size_px = _size(options.size, regions[0].side)
+    return [
+        RegionSubject(store, config, region, options.seed, size_px, options.fill, options.label)
+        for region in regions
+    ]
 
 
 def _check_label(label: str | None, config: RunConfig) -> None:
@@ -173,12 +182,6 @@ def _check_label(label: str | None, config: RunConfig) -> None:
         )
 
 
-def _label(options: Sample, store: Store, plan: Plan, region: Region) -> str | None:
-    """The class that an image is painted as; None where the run knows none for it."""
-    label = options.label or store.classes().get(region.image)
-    return label if label in plan.config.packs.classes else None
-
-
 def _size(text: str, side: int) -> tuple[int, int]:
     if text == "region":
         return side, side
@@ -188,19 +191,19 @@ def _size(text: str, side: int) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def _share(text: str, regions: list[Region]) -> list[Region]:
-    """Every N-th region from the K-th on."""
+def _share(text: str, subjects: Sequence[Subject]) -> Sequence[Subject]:
+    """Every N-th image from the K-th on."""
     number, slash, shares = text.partition("/")
     if not (slash and number.isdecimal() and shares.isdecimal() and int(number) >= 1):
         raise ValueError(f"--share takes K/N like 2/5, not {text!r}")
     if int(number) > int(shares):
         raise ValueError(f"--share {text} asks for more than the last of {shares} shares")
-    if int(shares) > len(regions):
+    if int(shares) > len(subjects):
         raise ValueError(
-            f"--share {text} leaves shares without a region: there are {len(regions)}; name more "
-            "with --region or ask for fewer shares (SLURM: --array)"
+            f"--share {text} leaves shares without an image: there are {len(subjects)}; name more "
+            "with --region (or --unconditional) or ask for fewer shares (SLURM: --array)"
         )
-    return regions[int(number) - 1 :: int(shares)]
+    return subjects[int(number) - 1 :: int(shares)]
 
 
 def _tile(text: str, device: torch.device, denoiser: DenoiserConfig) -> int:
@@ -213,13 +216,12 @@ def _tile(text: str, device: torch.device, denoiser: DenoiserConfig) -> int:
 
 def sample(options: Sample) -> int:
     """Run the command; returns its exit code."""
-    store = Store.open(options.condition)
-    plan = make_plan(options, store)
+    plan = make_plan(options)
     recipe, channels = plan.recipe, len(plan.config.packs.bands)
     fields = 4 if recipe.make_solver().remembers else 2
     work_bytes = 4 * fields * channels * recipe.height * recipe.width
     console.say_plan(
-        f"sample: {len(plan.regions)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
+        f"sample: {len(plan.subjects)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
         f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}"
         + ("" if recipe.eta is None else f" with eta {recipe.eta:g}")
         + f", guidance {recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
@@ -231,18 +233,17 @@ def sample(options: Sample) -> int:
         return console.EXIT_DONE
     run = Run(options.run)
     denoiser = run.load_denoiser(device=plan.device)
-    for region in plan.regions:
-        name = _name(options, region)
-        identity = _identity(options, run, store, plan, region)
+    for subject in plan.subjects:
+        name = subject.name
+        identity = _identity(run, plan, subject)
         record = options.out / f"{name}.json"
         if record.is_file():
             _check_same(record, identity)
             console.say(f"sample: {name} is already done")
         else:
-            layout = _layout(options, store, plan, region)
-            if continued := in_words(layout, plan.size_px):
-                console.say(f"sample: region {region.index}: {continued}")
-            cost = _paint(options, store, denoiser, plan, region, name, identity)
+            if words := subject.in_words():
+                console.say(f"sample: {words}")
+            cost = _paint(options, denoiser, plan, subject, identity)
             console.write_json_atomic(
                 record, {"image": f"{name}.zarr", "identity": identity, **cost}
             )
@@ -255,20 +256,17 @@ def sample(options: Sample) -> int:
     return console.EXIT_DONE
 
 
-def _name(options: Sample, region: Region) -> str:
-    return f"{region.image}_region{region.index}_seed{options.seed}"
-
-
 def _needed_bytes(options: Sample, plan: Plan, work_bytes: int) -> int:
     """Most that the images not yet painted take: pixels, exports, the fields of one painting."""
-    todo = [r for r in plan.regions if not (options.out / f"{_name(options, r)}.json").is_file()]
+    names = [subject.name for subject in plan.subjects]
+    todo = [name for name in names if not (options.out / f"{name}.json").is_file()]
     packs = plan.config.packs
     values = len(packs.bands) * plan.recipe.height * plan.recipe.width
     pixel_bytes = int(PYRAMID_FACTOR * np.dtype(packs.dtype).itemsize * values)
     files = 1 + sum({"zarr": 0, "cog": 2}.get(kind, 1) for kind in options.format)
     there = sum(
-        _disk_bytes(options.out / f"{prefix}{_name(options, r)}{suffix}")
-        for r in todo
+        _disk_bytes(options.out / f"{prefix}{name}{suffix}")
+        for name in todo
         for prefix, suffix in ((".work-", ""), ("", ".zarr"))
     )
     return max(len(todo) * files * pixel_bytes + (work_bytes if todo else 0) - there, 0)
@@ -279,25 +277,16 @@ def _disk_bytes(folder: Path) -> int:
     return sum(512 * file.stat().st_blocks for file in folder.rglob("*") if file.is_file())
 
 
-def _identity(
-    options: Sample, run: Run, store: Store, plan: Plan, region: Region
-) -> dict[str, Any]:
+def _identity(run: Run, plan: Plan, subject: Subject) -> dict[str, Any]:
     """Everything that an image follows from; another value makes another image."""
     state = run.state()
     return {
         "run": str(run.path.resolve()),
         "checkpoint": state.checkpoint if state else None,
-        "store_fingerprint": store.fingerprint(),
-        "region": asdict(region),
-        "recipe": plan.recipe.to_json(),
+        "recipe": replace(plan.recipe, seed=subject.seed).to_json(),
         "size_px": list(plan.size_px),
-        "label": _label(options, store, plan, region),
-        "layout": [[r.index for r in row] for row in _layout(options, store, plan, region)],
+        **subject.identity(),
     }
-
-
-def _layout(options: Sample, store: Store, plan: Plan, region: Region) -> list[list[Region]]:
-    return lay_out(store.regions(), region, plan.size_px, options.fill, options.seed)
 
 
 def _check_same(record: Path, identity: dict[str, Any]) -> None:
@@ -311,31 +300,20 @@ def _check_same(record: Path, identity: dict[str, Any]) -> None:
 
 
 def _paint(
-    options: Sample,
-    store: Store,
-    denoiser: Denoiser,
-    plan: Plan,
-    region: Region,
-    name: str,
-    identity: dict[str, Any],
+    options: Sample, denoiser: Denoiser, plan: Plan, subject: Subject, identity: dict[str, Any]
 ) -> dict[str, float]:
     """Paint one image and write it as OME-Zarr; what that cost."""
     _forget_peak_memory()
-    recipe = plan.recipe
+    name, recipe = subject.name, replace(plan.recipe, seed=subject.seed)
     work = options.out / f".work-{name}"
     begun = work / "identity.json"
     if not begun.is_file() or json.loads(begun.read_text()) != identity:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(options.out / f"{name}.zarr", ignore_errors=True)
         console.write_json_atomic(begun, identity)
-    layout = _layout(options, store, plan, region)
-    lattices = condition_of(partial(from_store, store, plan.config.packs), layout, plan.size_px)
-    condition = to_condition([lattices], plan.config.token_scale(), [True])
-    label = _label(options, store, plan, region)
-    condition = with_labels(condition, plan.config.packs.classes, [label], [True])
     painter = make_painter(
         denoiser,
-        condition.to(plan.device),
+        subject.condition().to(plan.device),
         guidance=options.guidance,
         tile=plan.tile,
         level=recipe.level,
@@ -346,7 +324,7 @@ def _paint(
     with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
         field = paint(denoiser, painter, recipe, work, lambda step, n: count(step * cells, n))
     painted = time.monotonic()
-    attributes = {**_place(store, region, 2**recipe.level), "gigabrush": identity}
+    attributes = {**subject.place(2**recipe.level), "gigabrush": identity}
     _write_image(plan, field, options.out / f"{name}.zarr", attributes)
     return {
         "seconds": round(painting_seconds(work) + time.monotonic() - painted, 1),
@@ -365,20 +343,6 @@ def _peak_memory_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
     return int(peak) * 1024
-
-
-def _place(store: Store, region: Region, scale: int) -> dict[str, Any]:
-    """The region's place on the ground, for an image whose pixels are `scale` times as large."""
-    attributes = store.image(region.image).attributes
-    if "spatial:transform" not in attributes:
-        return {}
-    a, b, c, d, e, f = attributes["spatial:transform"]
-    corner = (c + a * region.x + b * region.y, f + d * region.x + e * region.y)
-    transform = [a * scale, b * scale, corner[0], d * scale, e * scale, corner[1]]
-    kept: dict[str, Any] = {
-        key: attributes[key] for key in ("proj:code", "proj:wkt2") if key in attributes
-    }
-    return {**kept, "spatial:transform": transform}
 
 
 def _write_image(plan: Plan, field: ArrayField, path: Path, attributes: dict[str, Any]) -> None:

@@ -18,11 +18,14 @@ from model.config import DenoiserConfig, PyramidConfig
 TIME_ORIGIN, TIME_SCALE = 16.0, 30.0
 
 
-def make_unet(config: DenoiserConfig, in_channels: int, out_channels: int) -> Any:
+def make_unet(
+    config: DenoiserConfig, in_channels: int, out_channels: int, modulated: int | None = None
+) -> Any:
     """diffusers' U-Net of the sizes of `config`, with tokens of `token_width`.
 
     Its coarsest resolutions and its middle attend to the tokens; with `unet_self_attention` the
-    coarsest resolutions attend to themselves, as in the papers.
+    coarsest resolutions attend to themselves, as in the papers. modulated: width of a vector that
+    modulates it beside the noise level, if there is one.
     """
     attended = config.unet_attention
     plain = len(config.unet_widths) - attended
@@ -41,6 +44,7 @@ def make_unet(config: DenoiserConfig, in_channels: int, out_channels: int) -> An
         cross_attention_dim=config.token_width,
         attention_head_dim=config.unet_head_dim if itself else heads,
         norm_num_groups=config.unet_groups,
+        time_cond_proj_dim=modulated,
     )
 
 

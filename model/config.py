@@ -236,8 +236,9 @@ PATCHES: dict[str, dict[str, Any]] = {
         "unet_groups": 32,
     },
 }
-"""What a preset changes: `tiny`, `patch` and `paper-tiny` train on two CPU cores, `brush`,
-`patch-brush` and `paper` have the published size of 450M parameters.
+"""What a preset changes: `tiny`, `patch`, `paper-tiny` and `infinity-diff-tiny` train on two CPU
+cores, `brush`, `patch-brush` and `paper` have the published size of 450M parameters,
+`infinity-diff` is what the papers' ancestor published.
 """
 
 

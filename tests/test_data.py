@@ -146,7 +146,7 @@ def test_absent_points_are_zero_and_leave_ragged_lists(point_packs: dict[str, Pa
     values[:, [2, 4]] = ABSENT
     values[1, 0] = ABSENT
     none = np.empty((0, 0, 3), np.uint16)
-    draw = batches._draw([DrawnPoints(none, part, cells) for part in values])
+    draw = batches.draw([DrawnPoints(none, part, cells) for part in values])
     assert isinstance(draw, PointDraw)
     assert (draw.values[~draw.present[..., 0]] == 0).all()
     points, flat = draw.points()

@@ -72,6 +72,9 @@ def find_painted(folder: Path, store: Store) -> tuple[list[Painted], dict[str, s
         record = _record(file)
         if record is None:
             continue
+        if "region" not in record["identity"]:
+            failures[file.stem] = "it was painted without a condition, so after no region"
+            continue
         region = Region(**record["identity"]["region"])
         try:
             image = OmeImage.open(folder / record["image"])
@@ -96,7 +99,7 @@ def _record(file: Path) -> dict[str, Any] | None:
     """What `jobs.sample` wrote beside an image; None for any other JSON file."""
     try:
         record = json.loads(file.read_text())
-        return record if {"region", "run"} <= set(record["identity"]) and record["image"] else None
+        return record if {"recipe", "run"} <= set(record["identity"]) and record["image"] else None
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -254,13 +254,16 @@ def describe_image(path: Path) -> Summary:
         _, _, x, _, _, y = georeference["spatial:transform"]
         lines.append(("place", f"{code}, upper left corner at x {x:.10g}, y {y:.10g}"))
     if identity:
-        recipe, region = identity["recipe"], identity["region"]
+        recipe, after = identity["recipe"], "without a condition"
+        if region := identity.get("region"):
+            after = (
+                f"after region {region['index']} ({region['split']}) of the store of fingerprint "
+                f"{identity['store_fingerprint']}"
+            )
         lines.append(
             (
                 "painted",
-                f"by {identity['run']}, {identity['checkpoint']}\nafter region "
-                f"{region['index']} ({region['split']}) of the store of fingerprint "
-                f"{identity['store_fingerprint']}\n"
+                f"by {identity['run']}, {identity['checkpoint']}\n{after}\n"
                 + ", ".join(f"{name} {value}" for name, value in recipe.items()),
             )
         )

@@ -121,6 +121,13 @@ def _records(images: Path) -> dict[str, dict[str, Any]]:
             f"{images} holds no painted images with their records; "
             "paint some with python -m jobs.sample"
         )
+    free = sorted(name for name, record in records.items() if "region" not in record["identity"])
+    if free:
+        raise ValueError(
+            f"{free[0]} in {images} was painted without a condition, and a report shows images "
+            "beside the regions that they were painted after; paint them into an --out of their "
+            "own"
+        )
     return records
 
 

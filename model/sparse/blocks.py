@@ -65,11 +65,11 @@ class PointBlock(nn.Module):
         x: Float[Tensor, "n w"],
         support: Support,
         embedding: Float[Tensor, "b e"],
-        tokens: Tokens,
+        tokens: Tokens | None = None,
     ) -> Generator[AttentionSums, AttentionSums, Float[Tensor, "n w"]]:
         points = support.points
         x = self.local(x, embedding, support)
-        if self.condition is not None:
+        if self.condition is not None and tokens is not None:
             x = self.condition(x, points, tokens, embedding)
         if self.each_other is not None:
             inner, weights = support.interior, support.weights
@@ -85,21 +85,26 @@ class PointBlock(nn.Module):
 class LatticeNet(nn.Module):
     """The grid level: a U-Net on the coarse lattice; any height and width, padded inside.
 
-    inputs: channels that come to it beside the looked-up tokens.
+    inputs: channels that come to it beside the looked-up tokens. With a latent, the embedding that
+    holds it modulates every residual block, as the noise level does.
     """
 
     def __init__(self, config: SparseConfig, inputs: int) -> None:
         super().__init__()
         self.multiple = 1 << (len(config.unet_widths) - 1)
-        self.unet: Any = make_unet(config, inputs, config.width)
+        modulated = config.embedding_width if config.latent_dim else None
+        self.unet: Any = make_unet(config, inputs, config.width, modulated)
 
     def forward(
         self,
         values: Float[Tensor, "b hl wl i"],
         log_snr: Float[Tensor, " b"],
         tokens: Float[Tensor, "b n t"],
+        modulation: Float[Tensor, "b e"] | None = None,
     ) -> Float[Tensor, "b hl wl w"]:
         h, w = values.shape[1:3]
         x = F.pad(values.permute(0, 3, 1, 2), (0, -w % self.multiple, 0, -h % self.multiple))
-        out = self.unet(x, unet_time(log_snr), encoder_hidden_states=tokens).sample
+        out = self.unet(
+            x, unet_time(log_snr), encoder_hidden_states=tokens, timestep_cond=modulation
+        ).sample
         return out[:, :, :h, :w].permute(0, 2, 3, 1)

@@ -10,7 +10,7 @@ from model.spectrum import NoiseSpectrum
 
 CrossAttention = Literal["operator", "softmax", "lookup", "none"]
 Resampling = Literal["knn", "splat"]
-Tokens = Literal["one", "lattice"]
+Tokens = Literal["one", "lattice", "none"]
 Sums = Literal["all", "subset"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "normalisation": get_args(Normalisation),
@@ -27,15 +27,18 @@ class SparseConfig:
 
     channels: bands of the image. token_dim: width of the condition's embeddings. classes: number
     of class labels, 0 for none. vector_dim: width of a global vector that conditions, 0 for none.
+    latent_dim: width of the vector z that an encoder of the model's own makes of u_0 (see
+    `encoder`), 0 for none. latent_dropout: how often z is dropped in training.
     coarse_level: level of the lattice; 5 is cells of 32 px, 128^2 of them in 4096^2.
     width, blocks: features of a point, and blocks before and after the lattice. kernel,
     normalisation: of the depthwise operators (see `operators.contract`). cross_attention: how
     points read the tokens. self_attention: whether they read each other. tokens: `one` is the mean
-    of the finest lattice, a single vector for an image. resampling: how features come to the
-    lattice. sums: whether an image that is painted is summed over all its pixels, or over a keyed
-    subset as dense as what was trained on (see `painter`). means: whether the exact area means of
-    u_t come with them, which needs unmollified noise. feature_dropout: how often the features of
-    points are left out of the lattice in training, so that the means alone suffice.
+    of the finest lattice, a single vector for an image, `none` reads none at all. resampling: how
+    features come to the lattice. sums: whether an image that is painted is summed over all its
+    pixels, or over a keyed subset as dense as what was trained on (see `painter`). means: whether
+    the exact area means of u_t come with them, which needs unmollified noise. feature_dropout: how
+    often the features of points are left out of the lattice in training, so that the means alone
+    suffice.
     mollifier_sigma_px: deviation of the Gaussian that smooths data and noise; 0 for none.
     schedule, target, weight: see `model.schedule` and `model.targets`.
     unet_*: as in `PyramidConfig`; unet_self_attention: its coarsest resolutions attend to
@@ -46,6 +49,8 @@ class SparseConfig:
     token_dim: int
     classes: int = 0
     vector_dim: int = 0
+    latent_dim: int = 0
+    latent_dropout: float = 0.1
     coarse_level: int = 5
     width: int = 64
     blocks: int = 3
@@ -95,6 +100,13 @@ class SparseConfig:
             raise ValueError(
                 "the exact area means of mollified noise are not known without all its pixels; "
                 "set mollifier_sigma_px to 0, or means to False"
+            )
+
+        if self.latent_dim and self.vector_dim:
+            raise ValueError(
+                f"a condition has one global vector: either one that is given, of "
+                f"{self.vector_dim} numbers, or the encoder's, of {self.latent_dim}; set "
+                "vector_dim or latent_dim to 0"
             )
 
     @property
@@ -167,17 +179,27 @@ def check_mollifier(packed_px: float, wanted_px: float) -> None:
         )
 
 
+_TINY: dict[str, Any] = {
+    "width": 32,
+    "blocks": 2,
+    "heads": 2,
+    "token_width": 64,
+    "embedding_width": 64,
+    "unet_widths": (32, 64, 96),
+    "unet_layers": 1,
+    "unet_groups": 16,
+}
+_INFINITY_DIFF: dict[str, Any] = {
+    "tokens": "none",
+    "cross_attention": "none",
+    "self_attention": False,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "paper-tiny": {
-        "width": 32,
-        "blocks": 2,
-        "heads": 2,
-        "token_width": 64,
-        "embedding_width": 64,
-        "unet_widths": (32, 64, 96),
-        "unet_layers": 1,
-        "unet_groups": 16,
-    },
+    "paper-tiny": _TINY,
+    "infinity-diff": {**_INFINITY_DIFF, "latent_dim": 1024},
+    "infinity-diff-tiny": {**_TINY, **_INFINITY_DIFF, "latent_dim": 32},
 }
-"""`paper` is what was published (450M parameters); `paper-tiny` the same for two CPU cores."""
+"""`paper` is what ∞-Brush published (450M parameters), `infinity-diff` the diffusion autoencoder
+of its ancestor ∞-Diff, which no tokens condition; `-tiny` the same for two CPU cores.
+"""

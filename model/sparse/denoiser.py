@@ -4,7 +4,8 @@
 present, a cross-attention operator that reads the condition and a self-attention operator by which
 points read each other; at the *grid level*, a U-Net on a lattice of coarse cells. Features of
 points are brought to the lattice, and what the U-Net makes of them is looked up at the points; a
-second stack of blocks, with skips from the first, gives what the target asks for.
+second stack of blocks, with skips from the first, gives what the target asks for. With a latent,
+a vector that an encoder makes of the clean image comes to all of them with the noise level.
 
 Two couplings reach beyond a neighbourhood: self-attention, which is a sum over points, and the
 lattice. So the forward is a coroutine: it yields what its own points contribute and is sent what
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from model.attention import Condition, TokenEncoder, Tokens
+from model.attention import Condition, GlobalVector, TokenEncoder, Tokens
 from model.blocks import LevelEmbedding, zero_linear
 from model.mollify import MollifiedNoise
 from model.noise import Noise, NoiseTree
@@ -32,6 +33,7 @@ from model.resample import Splat, interpolate, lattice_shape
 from model.schedule import make_schedule
 from model.sparse.blocks import LatticeNet, PointBlock
 from model.sparse.config import SparseConfig
+from model.sparse.encoder import LatentEncoder
 from model.sparse.support import PointSupport, Support
 from model.targets import Target, make_target
 from model.wiener import wiener
@@ -81,6 +83,11 @@ class SparseOperatorDenoiser(nn.Module):
             config.token_dim, config.token_width, config.classes, config.vector_dim
         )
         self.embedding = LevelEmbedding(config.embedding_width)
+        self.encoder: LatentEncoder | None = None
+        self.latent: GlobalVector | None = None
+        if config.latent_dim:
+            self.encoder = LatentEncoder(config)
+            self.latent = GlobalVector(config.latent_dim, config.embedding_width)
         self.observe = nn.Linear(config.channels, config.width)
         self.scale = nn.Embedding(config.coarse_level + 1, config.width)
         self.down = nn.ModuleList(PointBlock(config) for _ in range(config.blocks))
@@ -121,11 +128,18 @@ class SparseOperatorDenoiser(nn.Module):
                 f"a condition of {len(condition.values)} images was given the noise levels of "
                 f"{len(log_snr)}; give one of each an image"
             )
-        if self.config.tokens == "one":
+        if self.config.tokens == "none":
+            condition = condition.without("tokens")
+        if self.config.tokens != "lattice":
             condition = pooled(condition)
+        embedding = self.embedding(log_snr)
+        if self.latent is not None:
+            z, keep = condition.vector, condition.keep_vector
+            embedding = embedding + self.latent(z, keep, len(condition.values))
+            condition = replace(condition, vector=None, keep_vector=None)
         attended, lattice = self.tokens(condition)
         tokens = Tokens(attended, lattice, condition)
-        return Evaluation(log_snr, self.embedding(log_snr), tokens, means, keep_features)
+        return Evaluation(log_snr, embedding, tokens, means, keep_features)
 
     def forward(
         self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
@@ -201,7 +215,8 @@ class SparseOperatorDenoiser(nn.Module):
         tokens = evaluation.tokens
         if self.config.tokens == "lattice":
             inputs = torch.cat([inputs, self._token_inputs(inputs, tokens)], dim=-1)
-        return self.lattice(inputs, evaluation.log_snr, tokens.attended)
+        modulation = None if self.latent is None else evaluation.embedding
+        return self.lattice(inputs, evaluation.log_snr, tokens.attended, modulation)
 
     def _check(
         self, observed: Float[Tensor, "_ c"], points: Points, evaluation: Evaluation

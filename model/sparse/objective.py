@@ -3,8 +3,11 @@
 At the cells of a draw, and only there, u_0 is known from the packs and the noise from its keyed
 field. The loss of each level of cells is the mean squared error of the target over its points,
 weighted by the noise level (`targets`); their sum is the objective. With level-0 points alone and
-the simple weight that is ∞-Brush's loss.
+the simple weight that is ∞-Brush's loss. With a latent, z of the same draw conditions it: a
+diffusion autoencoder, whose encoder learns from nothing but this loss (see `encoder`).
 """
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,12 +16,12 @@ from torch import Tensor, nn
 from model.attention import Condition
 from model.draw import PointDraw
 from model.lattice import Box
-from model.philox import philox_4x32
+from model.philox import MASK, philox_4x32
 from model.schedule import draw_log_snr, log_snr_range
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
 from model.targets import make_weight
 
-KEEP_STREAM = 0xFEA7
+KEEP_STREAM, LATENT_STREAM = 0xFEA7, 0x1A7E
 
 
 class SparseObjective(nn.Module):
@@ -48,8 +51,13 @@ class SparseObjective(nn.Module):
         noise = denoiser.noise.at(seeds, points).to(truth)
         observed = truth + torch.exp(-log_snr[points.image, None] / 2) * noise
         means = self._means(draw, seeds, log_snr) if denoiser.config.means else None
+        support = denoiser.support(points)
+        if denoiser.encoder is not None:
+            z = denoiser.encoder(truth, support)
+            kept = _keyed(seeds, LATENT_STREAM) >= denoiser.config.latent_dropout
+            condition = replace(condition, vector=z, keep_vector=kept)
         evaluation = denoiser.prepare(condition, log_snr, means, self._keep(seeds))
-        out = denoiser(observed, denoiser.support(points), evaluation)
+        out = denoiser(observed, support, evaluation)
         wanted = denoiser.wanted(truth, noise, points, log_snr)
         weight = self.weight(denoiser.target_at(points), log_snr[points.image])
         error = (out - wanted).square().mean(dim=-1) * weight
@@ -78,7 +86,12 @@ class SparseObjective(nn.Module):
         """Which images keep the features of points on their lattice: a function of the seed."""
         if self.denoiser.config.feature_dropout == 0.0:
             return None
-        zero = torch.zeros_like(seeds)
-        counter = (zero, zero, zero, torch.full_like(seeds, KEEP_STREAM))
-        word = philox_4x32(counter, (seeds & 0xFFFFFFFF, (seeds >> 32) & 0xFFFFFFFF))[0]
-        return word.double() * 2.0**-32 >= self.denoiser.config.feature_dropout
+        return _keyed(seeds, KEEP_STREAM) >= self.denoiser.config.feature_dropout
+
+
+def _keyed(seeds: Int64[Tensor, " b"], stream: int) -> Float[Tensor, " b"]:
+    """A uniform number of [0, 1) for each seed."""
+    zero = torch.zeros_like(seeds)
+    counter = (zero, zero, zero, torch.full_like(seeds, stream))
+    word = philox_4x32(counter, (seeds & MASK, (seeds >> 32) & MASK))[0]
+    return word.double() * 2.0**-32

@@ -29,13 +29,13 @@ from model.generate import ArrayField, Painter
 from model.lattice import Box
 from model.mollify import MollifiedNoise
 from model.noise import Noise, NoiseTree
-from model.spectrum import NoiseSpectrum
 from model.objective import PyramidObjective
 from model.points import Points
 from model.process import Octaves
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
+from model.spectrum import NoiseSpectrum
 
 REPEATS = 5
 SIDES = (1024, 2048, 4096, 8192, 16_384, 32_768)
