@@ -47,10 +47,16 @@ def joined() -> Iterator[Ranks]:
     later takes itself for one of these ranks.
     """
     before = {name: os.environ.get(name) for name in VARIABLES}
+    done = False
     try:
         yield _join()
-        deepspeed.comm.destroy_process_group()
+        done = True
     finally:
+        # Whoever leaves for an error does not wait for ranks that may never come.
+        if torch.distributed.is_initialized() and (
+            done or torch.distributed.get_world_size() == 1
+        ):
+            deepspeed.comm.destroy_process_group()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

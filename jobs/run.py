@@ -142,6 +142,10 @@ class Run:
                 f"{self.path} is being trained by process {pid} on {host}; "
                 "wait for it, stop it, or choose another --run"
             )
+        self.check_same(config)
+
+    def check_same(self, config: RunConfig) -> None:
+        """A `ValueError` that names what this run was started with otherwise than `config`."""
         recorded, wanted = self.config().to_json(), config.to_json()
         for name in ("preset", "denoiser", "packs", "training"):
             if recorded[name] != wanted[name]:

@@ -149,6 +149,7 @@ def train(options: Train) -> int:
         before = run.state() if ranks.rank == 0 else None
         if ranks.rank == 0:
             if _finished(before, options):
+                run.check_same(config)
                 console.say(f"train: {options.run} is already done")
             else:
                 console.say_plan(plan, options.run, needed_bytes)
