@@ -71,6 +71,8 @@ class LatentFit:
     def run(self, progress: Callable[..., Iterable[int]] = console.progress) -> float:
         """Fit on to the end; the mean loss of the last steps, at most 100."""
         steps, first = self.options.steps, self._resume()
+        if first:
+            console.say(f"latents: resuming at step {first}")
         losses: list[float] = []
         for step in progress(range(first, steps), total=steps - first, desc="latents: fit"):
             losses = [*losses[-99:], self._step(step)]

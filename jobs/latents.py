@@ -232,7 +232,7 @@ def _encoded(plan: Plan, batch: int) -> Float[Tensor, "n d"]:
                 z = [torch.zeros(0, plan.latent.dim)]
                 for first in range(plan.parts[i].start, plan.parts[i].stop, batch):
                     numbers = range(first, min(first + batch, plan.parts[i].stop))
-                    z.append(encode(denoiser, _draw(plan, numbers).to(plan.device)).cpu())
+                    z.append(denoiser.encode(_draw(plan, numbers).to(plan.device)).cpu())
                     count(0, len(numbers))
                 write_tensors(files[i], {"z": torch.cat(z)})
     return torch.cat([load_file(file)["z"] for file in files])
@@ -250,14 +250,6 @@ def _draw(plan: Plan, numbers: range) -> PointDraw:
     draw = Batches(plan.packs, batch=1, seed=0).draw(turned)
     assert isinstance(draw, PointDraw)
     return draw
-
-
-@torch.no_grad()
-def encode(denoiser: SparseOperatorDenoiser, draw: PointDraw) -> Float[Tensor, "b d"]:
-    """z of every image of a draw."""
-    assert denoiser.encoder is not None
-    points, truth = draw.points()
-    return denoiser.encoder(truth, denoiser.support(points))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

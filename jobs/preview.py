@@ -2,8 +2,11 @@
 
 The left half is the real region as its packs know it (its lattice, cells of 32 px), the right half
 is painted by the averaged weights: ours paints the coarse level of the full image (cells of 8 px),
-patch diffusion, which knows one resolution only, its corner.
+patch diffusion, which knows one resolution only, its corner. A diffusion autoencoder paints the
+region after the vector that it makes of a draw.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,9 +14,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from conditioning.tokens import fit, to_condition, with_labels
+from jobs.data import Batches
 from jobs.painting import Recipe, paint
 from jobs.run import Run, RunConfig
+from model.draw import PointDraw
 from model.family import make_painter
+from model.sparse.denoiser import SparseOperatorDenoiser
 from pipeline.packfile import PackSet
 
 STEPS = 12
@@ -33,6 +39,11 @@ def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> 
     condition = to_condition([tokens], config.token_scale(), [True])
     condition = with_labels(condition, config.packs.classes, [entry.label], [True]).to(device)
     denoiser = run.load_denoiser(device=device)
+    if isinstance(denoiser, SparseOperatorDenoiser) and denoiser.encoder is not None:
+        draw = Batches(packs, batch=1, seed=0, split=entry.split).draw([packs.draw(entry, 0)])
+        assert isinstance(draw, PointDraw)
+        kept = torch.ones(1, dtype=torch.bool, device=device)
+        condition = replace(condition, vector=denoiser.encode(draw.to(device)), keep_vector=kept)
     density = config.packs.points / config.packs.side_px**2
     recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=level)
     painter = make_painter(

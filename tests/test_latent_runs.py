@@ -61,7 +61,7 @@ def test_images_are_painted_out_of_nothing(
     weights = load_file(trained / "latents.safetensors")
     (part,) = (trained / ".latents" / "encodings").glob("part-*")
     z = load_file(part)["z"]
-    assert record["measured"]["vectors"] == len(z) > 10
+    assert record["measured"]["vectors"] == len(z) == 10
     torch.testing.assert_close(weights["mean"], z.mean(dim=0))
     torch.testing.assert_close(z.mean(dim=1), torch.zeros(len(z)), atol=1e-5, rtol=0)
     capsys.readouterr()
@@ -142,20 +142,16 @@ def test_a_fit_that_was_killed_ends_bit_for_bit_like_an_undisturbed_one(tmp_path
     assert any((value - started[k]).abs().max() > 1e-3 for k, value in resumed.weights().items())
 
 
-def test_a_killed_command_goes_on(trained: Path, packs: Path, tmp_path: Path) -> None:
-    """Killed while it fits: the encodings are kept, and the result is the undisturbed one's."""
-    command = [str(trained), str(packs), "--steps", "3000", "--batch", "8", "--layers", "2"]
-    command += ["--width", "16"]
+def test_a_killed_command_goes_on_where_it_was(trained: Path, packs: Path) -> None:
+    command = [str(trained), str(packs), "--steps", "1500", "--batch", "8", "--layers", "1"]
+    command += ["--width", "8"]
     state = trained / ".latents" / "fit" / "state.safetensors"
     state.unlink(missing_ok=True)
     stop_when(start("jobs.latents", command), state.is_file, signal.SIGKILL)
     (part,) = (trained / ".latents" / "encodings").glob("part-*")
     encoded = part.stat().st_mtime_ns
-    run("jobs.latents", command)
-    resumed = load_file(trained / "latents.safetensors")
+    done = int(load_file(state)["done"])
+    assert 0 < done < 1500
+    assert f"resuming at step {done}" in run("jobs.latents", command)
     assert part.stat().st_mtime_ns == encoded
-    state.unlink()
-    (trained / "latents.json").unlink()
-    succeed(jobs.latents.main(command))
-    again = load_file(trained / "latents.safetensors")
-    assert all(torch.equal(value, again[name]) for name, value in resumed.items())
+    assert int(load_file(state)["done"]) == 1500

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from model.attention import Condition, GlobalVector, TokenEncoder, Tokens
 from model.blocks import LevelEmbedding, zero_linear
+from model.draw import PointDraw
 from model.mollify import MollifiedNoise
 from model.noise import Noise, NoiseTree
 from model.operator_attention import AttentionSums
@@ -107,6 +108,14 @@ class SparseOperatorDenoiser(nn.Module):
     def support(self, points: Points) -> PointSupport:
         """Points as what `run` is given; to be kept while the same points are evaluated."""
         return PointSupport(points, self.config, self.backend)
+
+    @torch.no_grad()
+    def encode(self, draw: PointDraw) -> Float[Tensor, "b latent"]:
+        """z of every image of a draw of u_0."""
+        if self.encoder is None:
+            raise ValueError("this denoiser has no encoder; give its configuration a latent_dim")
+        points, truth = draw.points()
+        return self.encoder(truth, self.support(points))
 
     def prepare(
         self,
