@@ -118,7 +118,7 @@ def test_a_run_is_not_changed_under_its_feet(
         first.claim(config)
     arguments = train_arguments(chain, tmp_path / "x", 2)
     assert jobs.train.main([*arguments, "--preset", "huge"]) == 2
-    assert "choose one of tiny, small, brush, patch" in capsys.readouterr().err
+    assert "choose one of tiny, small, brush, paper" in capsys.readouterr().err
     assert jobs.train.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "x").exists()
 
