@@ -256,7 +256,7 @@ def test_noise_at_scattered_cells_is_flat_in_the_side_of_the_image() -> None:
 def test_a_training_step_is_flat_in_the_side_of_the_image(name: str) -> None:
     steps = {side: TrainingStep(name, side) for side in SIDES}
     memory = {side: memory_in_a_process_of_its_own(name, side) for side in SIDES}
-    rounds = 10 if name == "tiny" else 3
+    rounds = 10 if name == "tiny" else 2
     least = interleaved({side: step.ready() for side, step in steps.items()}, rounds)
     rows = [training_row(steps[side], least, memory[side]) for side in SIDES]
     if name == "tiny":
