@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from model.deconvolve import WienerInverse, deconvolve
-from model.family import Denoiser, log_snrs_of, mollifier_of, noise_of
+from model.family import Denoiser, mollifier_of, noise_of, sampled_range
 from model.generate import (
     ArrayField,
     Estimator,
@@ -26,7 +26,7 @@ from model.generate import (
     fresh_noise,
     start,
 )
-from model.solver import Solver, make_solver, steps_through
+from model.solver import Solver, make_solver, uniform_steps
 from pipeline import console
 
 
@@ -77,8 +77,8 @@ def paint(
     memory: list[ArrayField] | list[None] = [None, None]
     if solver.remembers:
         memory = [_field(work, name, shape) for name in ("estimate0", "estimate1")]
-    steps = steps_through(log_snrs_of(denoiser, max(recipe.steps - 1, 1)))
-    first, last = steps[0].now, steps[-1].after
+    first, last = sampled_range(denoiser)
+    steps = uniform_steps(first, last, max(recipe.steps - 1, 1))
     done, seconds_before = _done(work, recipe)
     started = time.monotonic()
     noise = noise_of(denoiser)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -23,7 +23,7 @@ from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, RunState
 from jobs.run import Run, RunConfig, SupersededError
 from model.config import PyramidConfig, SparseConfig, changed, preset
-from model.family import Denoiser, make_denoiser, make_objective
+from model.family import Denoiser, make_denoiser, make_objective, sampled_range
 from pipeline import console
 from pipeline.packfile import PackSet
 
@@ -48,7 +48,7 @@ class Train:
     preset: str = "brush"
     """Kind and size of the denoiser: brush (450M parameters), small, or tiny (two CPU cores);
     paper and paper-tiny are the papers' sparse operators, for packs of --design uniform
-    --mollifier 1; patch-brush and patch are patch diffusion, for packs of --design patch."""
+    --mollifier 1, infinity-diff and infinity-diff-tiny the same as an autoencoder; patch-brush and patch are patch diffusion, for packs of --design patch."""
     steps: int = 100_000
     """Steps of the whole run."""
     max_minutes: float | None = None
@@ -78,6 +78,9 @@ class Train:
     """Steps between lines of metrics.jsonl."""
     seed: int = 0
     """Another seed starts from other weights and sees other batches and noise."""
+    backend: Literal["reference", "triton", "torchsparse"] = "reference"
+    """What computes sparse operators (presets paper...): reference is plain torch, triton fused
+    kernels on a GPU. No weight depends on it."""
     set: tuple[str, ...] = ()
     """Choices of the preset to change, as NAME=VALUE: an ablation is one field of
     model.config."""
@@ -101,7 +104,7 @@ def make_config(options: Train, packs: PackSet) -> RunConfig:
         denoiser = replace(denoiser, coarse_level=settings.coarse_level)
     denoiser = changed(denoiser, options.set)
     denoiser.check_design(packs.design, settings.mollifier_sigma_px)
-    free = {"packs", "run", "set", "max_minutes", "save_every", "log_every", "dry_run"}
+    free = {"packs", "run", "set", "backend", "max_minutes", "save_every", "log_every", "dry_run"}
     training = {k: v for k, v in asdict(options).items() if k not in free}
     octaves = denoiser.octaves(statistics.signal, statistics.residual, options.noise_floor)
     return RunConfig(options.preset, denoiser, octaves, settings, statistics, training)
@@ -122,14 +125,14 @@ def train(options: Train) -> int:
     packs = PackSet.open(options.packs)
     config = make_config(options, packs)
     torch.manual_seed(options.seed)
-    denoiser = make_denoiser(config.denoiser, config.octaves)
+    denoiser = make_denoiser(config.denoiser, config.octaves, options.backend)
     if options.init_from is not None:
         initialise(denoiser, Path(options.init_from))
     parameters = sum(p.numel() for p in denoiser.parameters())
     batches = Batches(
         packs, options.batch, options.seed, options.condition_dropout, options.augment
     )
-    low, high = config.octaves.log_snr_range()
+    low, high = sampled_range(denoiser)
     plan = (
         f"train: preset {options.preset}, {parameters / 1e6:.1f}M parameters, {options.steps} "
         f"steps of {options.batch} regions, log-SNR {low:.1f} to {high:.1f}"

@@ -254,6 +254,10 @@ def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
     raise ValueError(f"preset {name!r} does not exist; choose one of {names}")
 
 
+GIVEN = ("channels", "token_dim", "classes")
+"""What follows from the packs."""
+
+
 def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
     """The configuration with fields changed by name=value, as on a command line; sizes are comma
     separated.
@@ -263,10 +267,10 @@ def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
     given: dict[str, Any] = {}
     for change in changes:
         name, equals, text = change.partition("=")
-        if not equals or name not in known:
+        if not equals or name not in known or name in GIVEN:
             raise ValueError(
                 f"{change!r} changes no field of this preset; write NAME=VALUE with one of "
-                f"{', '.join(known)}"
+                f"{', '.join(name for name in known if name not in GIVEN)}"
             )
         choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else None
         if choices is not None and text not in choices:

@@ -138,7 +138,7 @@ class PyramidDenoiser(nn.Module):
             self.coarse.patch_centres(w, self.config.cell_px, device).expand(b, -1),
         )
         observed = observed * present
-        known = wiener(self.octaves, observed, log_snr) * present
+        known = wiener(self.octaves, level, observed, log_snr) * present
         scale = self.octaves.variances(level)[0] ** -0.5
         out, features = self.coarse(
             torch.cat([observed * factors.c_in, known * scale], dim=-1).permute(0, 3, 1, 2),

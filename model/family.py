@@ -12,8 +12,9 @@ from model.denoiser import PyramidDenoiser
 from model.generate import Painter
 from model.noise import Noise, NoiseTree
 from model.objective import PyramidObjective
+from model.operators.contract import Backend
 from model.process import Octaves
-from model.schedule import UniformLogSNR, levels, log_snr_range
+from model.schedule import log_snr_range
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
@@ -23,12 +24,14 @@ Denoiser = PyramidDenoiser | SparseOperatorDenoiser | PatchDenoiser
 Objective = PyramidObjective | SparseObjective | PatchObjective
 
 
-def make_denoiser(config: DenoiserConfig, octaves: Octaves) -> Denoiser:
-    """The untrained denoiser of a configuration."""
+def make_denoiser(
+    config: DenoiserConfig, octaves: Octaves, backend: Backend = "reference"
+) -> Denoiser:
+    """The untrained denoiser of a configuration; `backend` is that of sparse operators."""
     if isinstance(config, PyramidConfig):
         return PyramidDenoiser(config, octaves)
     if isinstance(config, SparseConfig):
-        return SparseOperatorDenoiser(config, octaves)
+        return SparseOperatorDenoiser(config, octaves, backend)
     return PatchDenoiser(config, octaves)
 
 
@@ -41,14 +44,14 @@ def make_objective(denoiser: Denoiser) -> Objective:
     return PatchObjective(denoiser)
 
 
-def log_snrs_of(denoiser: Denoiser, steps: int) -> list[float]:
-    """The log-SNRs that `steps` steps of sampling go through, from drowned to clean: uniform in
-    the time of the denoiser's own schedule, or in the log-SNR.
+def sampled_range(denoiser: Denoiser) -> tuple[float, float]:
+    """The log-SNRs between which sampling steps uniformly: from drowned to clean in every octave,
+    as far as the denoiser was trained. (Steps uniform in the time of a cosine schedule lose up to
+    20 dB of the layout with the exact denoiser of a Gaussian field, see docs/experiments.md.)
     """
-    low, high = denoiser.octaves.log_snr_range()
     if isinstance(denoiser, PatchDenoiser):
-        return levels(UniformLogSNR(low, high), low, high, steps)
-    return levels(denoiser.schedule, *log_snr_range(denoiser.schedule, denoiser.octaves), steps)
+        return denoiser.octaves.log_snr_range()
+    return log_snr_range(denoiser.schedule, denoiser.octaves)
 
 
 def noise_of(denoiser: Denoiser) -> Noise:

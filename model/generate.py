@@ -72,7 +72,7 @@ class ArrayField:
 @runtime_checkable
 class Estimator(Protocol):
     """A denoiser and a condition, evaluated over fields; leaves: `Painter`,
-    `baselines.PatchPainter`.
+    `sparse.painter.SparsePainter`, `baselines.PatchPainter`.
     """
 
     def estimate(

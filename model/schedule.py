@@ -98,8 +98,13 @@ class Linear:
     first_beta: float = 1e-4
     last_beta: float = 0.02
     steps: int = 1000
-    low: float = LOW
     high: float = HIGH
+
+    @property
+    def low(self) -> float:
+        """Where the last step ends: ln(abar) = -10.1 as published."""
+        lost = float(self._table[1][-1])
+        return -lost - math.log(-math.expm1(-lost))
 
     def log_snr(self, time: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         times, losses = self._table

@@ -32,14 +32,14 @@ def cosine_basis(size: int, like: Tensor) -> Float[Tensor, "n n"]:
     return rows.to(like)
 
 
-def mode_offsets(octaves: Octaves, height: int, width: int) -> Float[Tensor, "h w"]:
-    """ln(S / N) of every mode of a lattice of height x width cells."""
-    levels = range(octaves.coarse_level, octaves.noise.top_level + 1)
+def mode_offsets(octaves: Octaves, level: int, height: int, width: int) -> Float[Tensor, "h w"]:
+    """ln(S / N) of every mode of a lattice of height x width cells of `level`."""
+    levels = range(level, octaves.noise.top_level + 1)
     offsets = torch.tensor([octaves.offset(level) for level in levels], dtype=torch.float64)
     ky = torch.arange(height, dtype=torch.float64) / height
     kx = torch.arange(width, dtype=torch.float64) / width
     frequency = torch.maximum(ky[:, None], kx[None, :]).clamp(min=2.0 ** -len(offsets))
-    # The octave of level coarse + j holds the frequencies 2^-(j + 1) to 2^-j of Nyquist.
+    # The octave of level + j holds the frequencies 2^-(j + 1) to 2^-j of Nyquist.
     place = (-torch.log2(frequency) - 0.5).clamp(0, len(offsets) - 1)
     below = place.floor().long().clamp(max=max(len(offsets) - 2, 0))
     above = (below + 1).clamp(max=len(offsets) - 1)
@@ -55,12 +55,12 @@ def precondition_lattice(octaves: Octaves, log_snr: Float[Tensor, " b"]) -> Prec
 
 
 def wiener(
-    octaves: Octaves, observed: Float[Tensor, "b h w c"], log_snr: Float[Tensor, " b"]
+    octaves: Octaves, level: int, observed: Float[Tensor, "b h w c"], log_snr: Float[Tensor, " b"]
 ) -> Float[Tensor, "b h w c"]:
-    """The linear estimate of u_0 on the lattice from y = u_t / sqrt(abar), zero where absent."""
+    """The linear estimate of u_0 on the lattice of `level` from y = u_t / sqrt(abar), zero where absent."""
     _, height, width, _ = observed.shape
     rows, columns = cosine_basis(height, observed), cosine_basis(width, observed)
-    offsets = mode_offsets(octaves, height, width).to(observed)
+    offsets = mode_offsets(octaves, level, height, width).to(observed)
     gains = torch.sigmoid(log_snr[:, None, None] + offsets)[..., None]
     modes = torch.einsum("ki,bijc,lj->bklc", rows, observed, columns)
     return torch.einsum("ki,bklc,lj->bijc", rows, gains * modes, columns)

@@ -548,6 +548,24 @@ def test_how_much_is_done_at_once_changes_nothing(
     torch.testing.assert_close(after[1], before[1], **CLOSE)
 
 
+@EVERY
+def test_layers_in_half_precision_lose_only_precision(config: SparseConfig) -> None:
+    """bfloat16 has 8 bits; sums over points and the loss itself are not taken in it."""
+    net, draw = network(config).float(), draw_of(image(2).float(), design_for(config))
+    given = condition(config, 2)
+    single = {
+        name: part.float()
+        for name in ("values", "centres_px", "footprints_px", "vector")
+        if (part := getattr(given, name)) is not None
+    }
+    changes = {"given": replace(given, **single), "uniform": torch.tensor([0.3, 0.8])}
+    full = losses(config, draw, net=net, **changes)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = losses(config, draw, net=net, **changes)
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0)
+
+
 # What is wrong gets a sentence.
 
 

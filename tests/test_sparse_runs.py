@@ -18,9 +18,9 @@ from jobs.painting import Recipe, paint
 from jobs.run import Run
 from model.deconvolve import WienerInverse, deconvolve
 from model.draw import PointDraw
-from model.family import log_snrs_of, make_painter, noise_of
+from model.family import make_painter, noise_of, sampled_range
 from model.generate import ArrayField, Trajectory, advance, finish, start
-from model.solver import DDIM, steps_through
+from model.solver import DDIM, uniform_steps
 from model.sparse.config import SparseConfig
 from pipeline.ome import OmeImage
 from pipeline.packfile import PackSet
@@ -78,7 +78,7 @@ def test_what_is_painted_is_the_wiener_inverse_of_the_last_estimate(
     painter = make_painter(denoiser, condition, guidance=1.0, tile=64, level=0)
     found = paint(denoiser, painter, Recipe(64, 96, 2, 5, 1.0, "ddim")).array
     here, there, sharp = (ArrayField(np.zeros((3, 64, 96), np.float32)) for _ in range(3))
-    (step,) = steps_through(log_snrs_of(denoiser, 1))
+    (step,) = uniform_steps(*sampled_range(denoiser), 1)
     start(here, noise_of(denoiser), 5, step.now)
     advance(painter, DDIM(), step, Trajectory(here, there))
     finish(painter, step.after, Trajectory(there, here))

@@ -38,11 +38,17 @@ def test_no_other_gain_of_a_mode_has_a_smaller_error(
 ) -> None:
     """The oracle: modes drawn with the signal-to-noise ratio that the filter was told of."""
     draws = 4_000
-    signal = (mode_offsets(OCTAVES, *size) / 2).exp()[None, :, :, None] * normal(draws, *size, 1)
+    signal = (mode_offsets(OCTAVES, OCTAVES.coarse_level, *size) / 2).exp()[
+        None, :, :, None
+    ] * normal(draws, *size, 1)
     noise = math.exp(-log_snr / 2) * normal(draws + 1, *size, 1)[1:]
     rows, columns = (cosine_basis(n, signal) for n in size)
     y = torch.einsum("ki,bklc,lj->bijc", rows, signal + noise, columns)
-    estimate = modes_of(wiener(OCTAVES, y, torch.full((draws,), log_snr, dtype=torch.float64)))
+    estimate = modes_of(
+        wiener(
+            OCTAVES, OCTAVES.coarse_level, y, torch.full((draws,), log_snr, dtype=torch.float64)
+        )
+    )
     gain = (signal * (signal + noise)).mean(0) / (signal + noise).square().mean(0)
     best = gain * (signal + noise)
     torch.testing.assert_close(estimate, best, atol=0.0, rtol=0.15)
@@ -53,8 +59,8 @@ def test_no_other_gain_of_a_mode_has_a_smaller_error(
 def test_a_clean_lattice_is_returned_and_a_drowned_one_is_forgotten() -> None:
     y = normal(1, 12, 20, 3)
     clean, drowned = (torch.tensor([v], dtype=torch.float64) for v in (60.0, -60.0))
-    torch.testing.assert_close(wiener(OCTAVES, y, clean), y)
-    assert wiener(OCTAVES, y, drowned).abs().max() < 1e-9
+    torch.testing.assert_close(wiener(OCTAVES, OCTAVES.coarse_level, y, clean), y)
+    assert wiener(OCTAVES, OCTAVES.coarse_level, y, drowned).abs().max() < 1e-9
 
 
 def test_octaves_lie_where_their_cells_are() -> None:

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from model.design import Design, PointDesign
+from model.design import Design, MixedDesign, PointDesign
 from model.operators.normalisation import Normalisation
 from model.process import Octaves
+from model.schedule import SCHEDULES
 from model.spectrum import NoiseSpectrum
+from model.targets import TARGETS, WEIGHTS
 
 CrossAttention = Literal["operator", "softmax", "lookup", "none"]
 Resampling = Literal["knn", "splat"]
@@ -18,6 +20,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "resampling": get_args(Resampling),
     "tokens": get_args(Tokens),
     "sums": get_args(Sums),
+    "schedule": SCHEDULES,
+    "target": TARGETS,
+    "weight": WEIGHTS,
 }
 
 
@@ -83,6 +88,13 @@ class SparseConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r} does not exist; choose {', '.join(choices)}"
                 )
+        for name in ("channels", "width", "heads", "kernel", "unet_head_dim", "unet_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is a number above 0, not {getattr(self, name)}")
+        if not 0.0 <= self.feature_dropout <= 1.0:
+            raise ValueError(
+                f"feature_dropout is a part between 0 and 1, not {self.feature_dropout:g}"
+            )
         if self.kernel % 2 == 0 or self.blocks < 1:
             raise ValueError(
                 f"a sparse denoiser needs an odd kernel and at least one block, but got "
@@ -155,6 +167,12 @@ class SparseConfig:
             raise ValueError(
                 "this preset reads the coarse lattice, which the packs' draws do not hold; pack "
                 "again with --lattice"
+            )
+        if self.mollifier_sigma_px and isinstance(design, MixedDesign):
+            raise ValueError(
+                "mollified noise is known at pixels, not at the coarser windows of --design mixed; "
+                "pack again with --design uniform or sobol, or train with --set "
+                "mollifier_sigma_px=0"
             )
         if design.coarse_level != self.coarse_level:
             raise ValueError(

@@ -253,8 +253,9 @@ class SparseOperatorDenoiser(nn.Module):
         """The means in units of their deviation, their linear estimate, and which are there."""
         assert evaluation.means is not None
         observed, present = evaluation.means.observed, evaluation.means.present
-        known = wiener(self.octaves, observed, evaluation.log_snr) * present
-        signal, noise = self.octaves.variances(self.config.coarse_level)
+        level = self.config.coarse_level
+        known = wiener(self.octaves, level, observed, evaluation.log_snr) * present
+        signal, noise = self.octaves.variances(level)
         deviation = (signal + noise * torch.exp(-evaluation.log_snr)).sqrt()
         return [observed / deviation[:, None, None, None], known * signal**-0.5, present]
 

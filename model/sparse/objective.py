@@ -1,10 +1,11 @@
 """The training objective of a sparse-operator denoiser: the error of what it is asked for.
 
 At the cells of a draw, and only there, u_0 is known from the packs and the noise from its keyed
-field. The loss of each level of cells is the mean squared error of the target over its points,
-weighted by the noise level (`targets`); their sum is the objective. With level-0 points alone and
-the simple weight that is ∞-Brush's loss. With a latent, z of the same draw conditions it: a
-diffusion autoencoder, whose encoder learns from nothing but this loss (see `encoder`).
+field. The loss of each level of cells is the mean over images of the mean squared error of the
+target over the image's points, weighted by the noise level (`targets`); their sum is the
+objective. With level-0 points alone and the simple weight that is ∞-Brush's loss. With a latent, z
+of the same draw conditions it: a diffusion autoencoder, whose encoder learns from nothing but this
+loss (see `encoder`).
 """
 
 from dataclasses import replace

@@ -210,6 +210,23 @@ def scattered(side: int) -> Points:
     return Points(zero, zero, cells[:, 1], cells[:, 2], torch.tensor([[side, side]]))
 
 
+def test_noise_in_windows_is_flat_in_the_side_of_the_image() -> None:
+    """Windows of 48 x 48 cells at random places: only the depth of the tree grows."""
+    rows, first = [], None
+    for side in (1024, 4096, 32_768):
+        tree = NoiseTree(NoiseSpectrum(int(np.log2(side)), 5, 0.005), channels=3)
+        corners = np.random.default_rng(0).integers(side, size=(28, 2)).tolist()
+
+        def work(tree: NoiseTree = tree, corners: list[list[int]] = corners) -> None:
+            for y, x in corners:
+                tree.box(0, Box(0, y, x, 48, 48))
+
+        cost = seconds(work)
+        first = first or cost
+        rows.append((f"{side}² px", f"{cost / first:.2f} × the cost at 1024² ({cost:.3f} s)"))
+    report("noise at 64,512 cells x 3 channels, 28 windows", rows)
+
+
 @pytest.mark.timeout(3600)
 def test_noise_at_scattered_cells_is_flat_in_the_side_of_the_image() -> None:
     """65,536 pixels of an image against all of them, which 32,768^2 would take hours for."""
@@ -257,7 +274,7 @@ def test_noise_at_scattered_cells_is_flat_in_the_side_of_the_image() -> None:
 def test_a_training_step_is_flat_in_the_side_of_the_image(name: str) -> None:
     steps = {side: TrainingStep(name, side) for side in SIDES}
     memory = {side: memory_in_a_process_of_its_own(name, side) for side in SIDES}
-    rounds = 10 if name == "tiny" else 3
+    rounds = 10 if name == "tiny" else 2
     least = interleaved({side: step.ready() for side, step in steps.items()}, rounds)
     rows = [training_row(steps[side], least, memory[side]) for side in SIDES]
     if name == "tiny":

@@ -5,8 +5,9 @@
 
 Crops of 512 px of one slide, the right quarter held out; 2,048 values of a crop a sample (0.78 %),
 beside which zoom and nobody else is given the exact coarse lattice of 32 x 32 means; an 8 x 8
-thumbnail as the condition; 1.3 to 1.4 million parameters; white noise, shifted cosine. uniform and
-mixed train the same sparse-operator denoiser (v), zoom the pyramid (preconditioned). Minutes are
+thumbnail as the condition; 1.3 to 1.4 million parameters; white noise, noise levels drawn by the
+shifted cosine. uniform and mixed train the same sparse-operator denoiser (v; features come to the
+lattice from the three nearest points), zoom the pyramid (preconditioned). Minutes are
 those of the process's own CPU on one thread, so that a busy machine changes nothing.
 
 Measured on held-out crops: power of what is painted over that of what is real, by octave, and the
@@ -32,15 +33,15 @@ from model.design import Extent, MixedDesign, UniformDesign, ZoomDesign
 from model.draw import Draw, PointDraw, WindowDraw
 from model.family import (
     Denoiser,
-    log_snrs_of,
     make_denoiser,
     make_objective,
     make_painter,
     noise_of,
+    sampled_range,
 )
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.lattice import Box
-from model.solver import DDIM, steps_through
+from model.solver import DDIM, uniform_steps
 from model.sparse.config import SparseConfig
 from pipeline.draws import Moments, RegionLevels
 from pipeline.packfile import ABSENT, PackStatistics
@@ -78,7 +79,6 @@ CONFIGS: dict[str, DenoiserConfig] = {
         cross_attention="none",
         self_attention=False,
         tokens="lattice",
-        resampling="splat",
         mollifier_sigma_px=0.0,
         schedule="shifted-cosine",
         target="v",
@@ -95,6 +95,7 @@ CONFIGS: dict[str, DenoiserConfig] = {
         lookup_level=2,
         lattice_width=32,
         lattice_patch=2,
+        schedule="shifted-cosine",
         unet_widths=(32, 48, 64),
         **UNET,
     ),
@@ -230,7 +231,7 @@ def dense_estimate(
 
 def paint(denoiser: Denoiser, condition: Condition, seed: int) -> np.ndarray:
     fields = [ArrayField(np.zeros((3, SIDE, SIDE), np.float32)) for _ in range(2)]
-    steps = steps_through(log_snrs_of(denoiser, STEPS - 1))
+    steps = uniform_steps(*sampled_range(denoiser), STEPS - 1)
     painter = make_painter(denoiser, condition, guidance=1.0, tile=TILE, level=0)
     start(fields[0], noise_of(denoiser), seed, steps[0].now)
     for step in steps:
