@@ -51,8 +51,8 @@ class Latents:
         python -m jobs.latents run packs
         python -m jobs.latents run packs --steps 20000 --layers 20
 
-    The run needs a preset with a latent, such as infinity-diff. Images are then painted by python -m
-    jobs.sample run --unconditional N.
+    The run needs a preset with a latent, such as infinity-diff. Images are then painted by
+    python -m jobs.sample run --unconditional N.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
