@@ -50,9 +50,9 @@ class Latents:
 
         python -m jobs.latents run packs
         python -m jobs.latents run packs --steps 20000 --layers 20
-        python -m jobs.sample run --unconditional 4 --out images
 
-    The run needs a preset with a latent, such as infinity-diff.
+    The run needs a preset with a latent, such as infinity-diff. Images are then painted by
+    python -m jobs.sample run --unconditional N.
     """
 
     run: Annotated[Path, tyro.conf.Positional]

@@ -48,7 +48,8 @@ class Train:
     preset: str = "brush"
     """Kind and size of the denoiser: brush (450M parameters), small, or tiny (two CPU cores);
     paper and paper-tiny are the papers' sparse operators, for packs of --design uniform
-    --mollifier 1, infinity-diff and infinity-diff-tiny the same as an autoencoder; patch-brush and patch are patch diffusion, for packs of --design patch."""
+    --mollifier 1, infinity-diff and infinity-diff-tiny the same as an autoencoder; patch-brush and
+    patch are patch diffusion, for packs of --design patch."""
     steps: int = 100_000
     """Steps of the whole run."""
     max_minutes: float | None = None

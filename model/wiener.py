@@ -57,7 +57,9 @@ def precondition_lattice(octaves: Octaves, log_snr: Float[Tensor, " b"]) -> Prec
 def wiener(
     octaves: Octaves, level: int, observed: Float[Tensor, "b h w c"], log_snr: Float[Tensor, " b"]
 ) -> Float[Tensor, "b h w c"]:
-    """The linear estimate of u_0 on the lattice of `level` from y = u_t / sqrt(abar), zero where absent."""
+    """The linear estimate of u_0 on the lattice of `level` from y = u_t / sqrt(abar), zero where
+    absent.
+    """
     _, height, width, _ = observed.shape
     rows, columns = cosine_basis(height, observed), cosine_basis(width, observed)
     offsets = mode_offsets(octaves, level, height, width).to(observed)

@@ -211,6 +211,29 @@ def test_noise_is_standard_normal() -> None:
     torch.testing.assert_close(torch.cov(noise.T), torch.eye(3).double(), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"), [("infinity-diff", (438.7, 163.4)), ("infinity-diff-tiny", (2.16, 0.75))]
+)
+def test_presets_have_the_size_they_claim(name: str, millions: tuple[float, float]) -> None:
+    """Of the denoiser and of its encoder; with the published 1024 numbers, 64.6M of the latent
+    model.
+    """
+    octaves = Octaves((0.1,) * 13, (), NoiseSpectrum(12, 5, 0.0))
+    config = preset(name, channels=3, token_dim=1024)
+    assert isinstance(config, SparseConfig)
+    with torch.device("meta"):
+        denoiser = SparseOperatorDenoiser(config, octaves)
+        latents = LatentDenoiser(LatentConfig(dim=1024))
+    assert denoiser.encoder is not None
+    total, encoder, latent = (
+        sum(p.numel() for p in net.parameters()) / 1e6
+        for net in (denoiser, denoiser.encoder, latents)
+    )
+    assert total - encoder == pytest.approx(millions[0], rel=0.01)
+    assert encoder == pytest.approx(millions[1], rel=0.01)
+    assert latent == pytest.approx(64.6, rel=0.01)
+
+
 def test_configurations_survive_json_and_contradictions_are_sentences() -> None:
     config = preset("infinity-diff", channels=3, token_dim=8)
     assert isinstance(config, SparseConfig)

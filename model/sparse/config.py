@@ -170,8 +170,8 @@ class SparseConfig:
             )
         if self.mollifier_sigma_px and isinstance(design, MixedDesign):
             raise ValueError(
-                "mollified noise is known at pixels, not at the coarser windows of --design mixed; "
-                "pack again with --design uniform or sobol, or train with --set "
+                "mollified noise is known at pixels, not at the coarser windows of --design "
+                "mixed; pack again with --design uniform or sobol, or train with --set "
                 "mollifier_sigma_px=0"
             )
         if design.coarse_level != self.coarse_level:
