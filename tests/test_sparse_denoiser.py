@@ -27,7 +27,7 @@ from model.lattice import Box
 from model.operator_attention import AttentionSums
 from model.operators import triton_kernels
 from model.points import Points, full_lattice
-from model.schedule import draw_log_snr
+from model.schedule import draw_log_snr, log_snr_range
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
@@ -448,7 +448,7 @@ def test_points_see_the_dense_fields_noise(name: str) -> None:
     seen = answering(net, lambda observed, points, log_snr: torch.zeros_like(observed))
     seeds, uniform = torch.tensor([3, 8]), torch.tensor([0.3, 0.8], dtype=torch.float64)
     losses(config, draw, net=net, seeds=seeds, uniform=uniform)
-    log_snr = draw_log_snr(net.schedule, uniform, *net.log_snr_range)
+    log_snr = draw_log_snr(net.schedule, uniform, *log_snr_range(net.schedule, net.octaves))
     points, truth = draw.points()
     for level in points.level.unique().tolist():
         box = Box(level, 0, 0, HEIGHT >> level, WIDTH >> level)
@@ -481,7 +481,7 @@ def test_a_target_changes_the_loss_of_an_estimate_by_a_known_factor(
     points, truth = draw.points()
     squared = (seen["observed"] / 2 - truth).square().mean(dim=-1)
     error = torch.zeros(3).double().index_add(0, points.image, squared) / 90
-    snr = torch.exp(draw_log_snr(net.schedule, uniform, *net.log_snr_range))
+    snr = torch.exp(draw_log_snr(net.schedule, uniform, *log_snr_range(net.schedule, net.octaves)))
     signal, noise = net.octaves.variances(0)
     factor = {
         "epsilon": snr,

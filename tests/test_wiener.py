@@ -67,7 +67,7 @@ def test_octaves_lie_where_their_cells_are() -> None:
     """A checkerboard of the lattice's cells belongs to its finest octave, the mean to the last."""
     levels = range(OCTAVES.coarse_level, OCTAVES.noise.top_level + 1)
     expected = [OCTAVES.offset(level) for level in levels]
-    offsets = mode_offsets(OCTAVES, 1 << 10, 1 << 10)
+    offsets = mode_offsets(OCTAVES, OCTAVES.coarse_level, 1 << 10, 1 << 10)
     for j, value in enumerate(expected):
         middle = round((1 << 10) * 2.0 ** -(j + 0.5))
         assert float(offsets[middle, 0]) == pytest.approx(value, abs=0.02)
