@@ -61,20 +61,9 @@ class LatentEncoder(nn.Module):
         for block in self.blocks:
             x = _over_all(block(x, support, clean))
         lattice = support.to_lattice(x).apply().permute(0, 3, 1, 2)
-        return normalised(self._pooled(lattice, support))
-
-    def _pooled(
-        self, lattice: Float[Tensor, "b w hl wl"], support: PointSupport
-    ) -> Float[Tensor, "b latent"]:
-        """The mean over the coarsest cells, image size by image size: padding is of one's own."""
-        cells = (support.points.sizes_px - 1 >> support.config.coarse_level) + 1
-        found: dict[int, Tensor] = {}
-        for h, w in {(int(h), int(w)) for h, w in cells.tolist()}:
-            mine = (cells == cells.new_tensor([h, w])).all(dim=1).nonzero()[:, 0]
-            padding = (0, -w % self.multiple, 0, -h % self.multiple)
-            pooled = self.lattice(F.pad(lattice[mine, :, :h, :w], padding)).mean(dim=(2, 3))
-            found.update(zip(mine.tolist(), pooled, strict=True))
-        return torch.stack([found[image] for image in range(len(cells))])
+        h, w = lattice.shape[2:]
+        padded = F.pad(lattice, (0, -w % self.multiple, 0, -h % self.multiple))
+        return normalised(self.lattice(padded).mean(dim=(2, 3)))
 
 
 def normalised(z: Float[Tensor, "b latent"]) -> Float[Tensor, "b latent"]:
