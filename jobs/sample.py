@@ -26,6 +26,7 @@ from jobs.subject import RegionSubject, Subject, regions_for, subjects_without_c
 from model.config import DenoiserConfig
 from model.family import Denoiser, make_painter
 from model.generate import ArrayField
+from model.lattice import at_level
 from model.solver import make_solver
 from pipeline import console
 from pipeline.export import export_image
@@ -34,7 +35,7 @@ from pipeline.plan import PYRAMID_FACTOR
 from pipeline.store import UNITS, Store
 
 SUFFIXES = {"ome-tiff": ".ome.tif", "tiff": ".tif", "cog": ".cog.tif"}
-SCALES = {2.0**-level: level for level in range(4)}
+SCALES = {2.0**-level: level for level in range(-2, 4)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Sample:
     """Class that the images are to be of, by its name; by default that of their region, if it has
     one."""
     scale: float = 1.0
-    """Resolution of the painted image over the training's: 1, 0.5, 0.25 or 0.125."""
+    """Resolution of the painted image over the training's: 1, 0.5, 0.25, 0.125; 2 and 4 too where
+    the run's noise is mollified (preset paper)."""
     steps: int = 20
     """Evaluations of the denoiser; guidance evaluates twice in each. Both papers took 50."""
     seed: int = 0
@@ -113,7 +115,7 @@ def make_plan(options: Sample) -> Plan:
     """Resolve the options against the run and the store."""
     config = Run(options.run).config()
     if options.scale not in SCALES:
-        raise ValueError(f"--scale takes 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
+        raise ValueError(f"--scale takes 4, 2, 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
     _check_label(options.label, config)
     subjects = _share(options.share, _subjects(options, config))
     size_px = subjects[0].size_px
@@ -123,8 +125,8 @@ def make_plan(options: Sample) -> Plan:
     make_solver(options.solver, options.eta)
     # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
     recipe = Recipe(
-        -(-size_px[0] // coarse) * coarse >> level,
-        -(-size_px[1] // coarse) * coarse >> level,
+        at_level(-(-size_px[0] // coarse) * coarse, level),
+        at_level(-(-size_px[1] // coarse) * coarse, level),
         options.steps,
         options.seed,
         options.guidance,
@@ -135,7 +137,7 @@ def make_plan(options: Sample) -> Plan:
     )
     if options.steps < 1:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
-    tile = _tile(options.tile, device, config.denoiser)
+    tile = _tile(options.tile, device, config.denoiser, level)
     return Plan(config, tuple(subjects), recipe, size_px, tile, device)
 
 
@@ -206,9 +208,10 @@ def _share(text: str, subjects: Sequence[Subject]) -> Sequence[Subject]:
     return subjects[int(number) - 1 :: int(shares)]
 
 
-def _tile(text: str, device: torch.device, denoiser: DenoiserConfig) -> int:
+def _tile(text: str, device: torch.device, denoiser: DenoiserConfig, level: int) -> int:
     if text == "auto":
-        return denoiser.tile_px(device.type == "cuda")
+        suits = denoiser.tile_px(device.type == "cuda")
+        return max(suits, at_level(denoiser.cell_px, level))
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--tile takes auto or a side in pixels, not {text!r}")
     return int(text)
@@ -318,13 +321,13 @@ def _paint(
         tile=plan.tile,
         level=recipe.level,
         overlap=recipe.overlap,
-        density=plan.config.packs.points / plan.config.packs.side_px**2,
+        density=plan.config.packs.density(),
     )
     cells = recipe.height * recipe.width
     with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
         field = paint(denoiser, painter, recipe, work, lambda step, n: count(step * cells, n))
     painted = time.monotonic()
-    attributes = {**subject.place(2**recipe.level), "gigabrush": identity}
+    attributes = {**subject.place(2.0**recipe.level), "gigabrush": identity}
     _write_image(plan, field, options.out / f"{name}.zarr", attributes)
     return {
         "seconds": round(painting_seconds(work) + time.monotonic() - painted, 1),
@@ -348,12 +351,12 @@ def _peak_memory_bytes() -> int:
 def _write_image(plan: Plan, field: ArrayField, path: Path, attributes: dict[str, Any]) -> None:
     """The painted field as an OME-Zarr image of the store's dtype, shard by shard."""
     packs, level = plan.config.packs, plan.recipe.level
-    height, width = (-(-extent >> level) for extent in plan.size_px)
+    height, width = (at_level(extent, level) for extent in plan.size_px)
     image = OmeImage.create(
         path,
         (len(packs.bands), height, width),
         packs.dtype,
-        packs.spacing * 2**level,
+        packs.spacing * 2.0**level,
         UNITS[packs.unit],
         packs.bands,
         attributes,

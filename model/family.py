@@ -81,11 +81,11 @@ def make_painter(
     """A denoiser with a condition, ready to be evaluated over fields of `level`.
 
     overlap: of the windows of patch diffusion, where it is not the published one. density: points
-    a pixel of the draws that sparse operators were trained on.
+    a pixel of the draws that sparse operators were trained on (`PackSettings.density`).
     """
     if isinstance(denoiser, PyramidDenoiser):
         return Painter(denoiser, condition, guidance, tile, level)
     if isinstance(denoiser, SparseOperatorDenoiser):
-        return SparsePainter(denoiser, condition, guidance, tile, density)
+        return SparsePainter(denoiser, condition, guidance, tile, density, level)
     window = PUBLISHED_OVERLAP if overlap is None else overlap
     return PatchPainter(denoiser, condition, guidance, tile, window)

@@ -74,6 +74,12 @@ class PackSettings:
             uniform_part=self.uniform_part,
         )
 
+    def density(self) -> float:
+        """Points a pixel of a region in one draw of points, whose lattice is none of them."""
+        design, region = self.make_design(), Extent(self.side_px, self.side_px)
+        cells = design.num_cells(region) if isinstance(design, PointDesign) else self.points
+        return cells / region.pixels
+
     @property
     def value_scale(self) -> int:
         return VALUE_SCALE[self.dtype]
