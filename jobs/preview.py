@@ -51,7 +51,7 @@ def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> 
         guidance=1.0,
         tile=side,
         level=level,
-        density=config.packs.density(),
+        sampling=config.packs.sampling(),
     )
     painted = config.statistics.to_pixels(
         paint(denoiser, painter, recipe).array.transpose(1, 2, 0)

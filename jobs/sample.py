@@ -321,7 +321,7 @@ def _paint(
         tile=plan.tile,
         level=recipe.level,
         overlap=recipe.overlap,
-        density=plan.config.packs.density(),
+        sampling=plan.config.packs.sampling(),
     )
     cells = recipe.height * recipe.width
     with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:

@@ -21,7 +21,7 @@ import model.noise
 import model.sparse.painter
 from model.attention import Condition
 from model.config import config_from_dict, preset
-from model.design import Extent, MixedDesign, PointDesign, UniformDesign
+from model.design import Extent, MixedDesign, PointDesign, Sampling, UniformDesign
 from model.draw import PointDraw
 from model.dropout import KeyedDropout, dropping
 from model.generate import ArrayField
@@ -33,7 +33,7 @@ from model.schedule import draw_log_snr, log_snr_range
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
-from model.sparse.painter import SparsePainter
+from model.sparse.painter import SparsePainter, Subset, keyed_subset
 from model.sparse.support import TileSupport
 
 HEIGHT, WIDTH = 16, 24
@@ -152,7 +152,10 @@ def paint(net: SparseOperatorDenoiser, u: Tensor, log_snr: float = 0.5, **option
     field = ArrayField(u.numpy())
     out = torch.full(u.shape, torch.nan, dtype=torch.float64)
     painter = SparsePainter(
-        net, options.pop("given", condition(net.config, 1)), density=0.3, **options
+        net,
+        options.pop("given", condition(net.config, 1)),
+        sampling=Sampling(UniformDesign(), 0.3),
+        **options,
     )
     for box, read, x0 in painter.estimate(field, log_snr):
         ys, xs = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
@@ -281,7 +284,15 @@ def test_any_tiling_gives_the_same_image_at_other_resolutions(level: int) -> Non
         whole = paint(one, u, tile=12 * cell, level=level, guidance=2.0)
         parts = paint(one, u, tile=2 * cell, level=level, guidance=2.0)
         torch.testing.assert_close(parts, whole, **CLOSE)
-    full = SparsePainter(net, condition(net.config, 1), 1.0, 12 * cell, 4.0**-level, level)
+    pixels = Sampling(UniformDesign(), 4.0**-level)
+    full = SparsePainter(
+        net,
+        condition(net.config, 1),
+        1.0,
+        12 * cell,
+        pixels,
+        level,
+    )
     ((box, _, x0),) = full.estimate(ArrayField(u.numpy()), 0.5)
     assert box == Box(level, 0, 0, *u.shape[1:])
     torch.testing.assert_close(x0, paint(every, u, tile=12 * cell, level=level), **CLOSE)
@@ -300,10 +311,33 @@ def test_a_subset_of_all_pixels_is_all_of_them() -> None:
     net, u = network(CONFIGS["subset"]), normal(2, HEIGHT, WIDTH)
     every = network(replace(CONFIGS["subset"], sums="all"))
     field = ArrayField(u.numpy())
-    painter = SparsePainter(net, condition(net.config, 1), tile=WIDTH, density=1.0)
+    painter = SparsePainter(net, condition(net.config, 1), tile=WIDTH)
     ((_, _, by_subset),) = painter.estimate(field, 0.5)
     torch.testing.assert_close(by_subset, paint(every, u, tile=WIDTH), **CLOSE)
     assert not torch.allclose(by_subset, paint(net, u, tile=WIDTH), atol=1e-4)
+
+
+def test_a_subset_is_drawn_as_in_training() -> None:
+    """Cells of every level that the design draws, each with the exact mean of the field over it;
+    where the image is too small for its windows, pixels.
+    """
+    design, field = MixedDesign(points=300, coarse_level=2, window=6), normal(2, 64, 96)
+    sampling = Sampling(design, 0.2)
+    for side in (8, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.sparse.painter, "READ_PX", side)
+            points = keyed_subset(64, 96, sampling)
+            subset = Subset(points, network(CONFIGS["means"]).support(points))
+            read = subset.read(ArrayField(field.numpy()))
+        levels = levels_of(field.permute(1, 2, 0)[None], 2)
+        assert len(points) == round(0.2 * 64 * 96)
+        assert set(points.level.tolist()) == {0, 1}
+        for level in (0, 1):
+            here = points.level == level
+            expected = levels[level][0, points.y[here], points.x[here]]
+            torch.testing.assert_close(read[here], expected, **CLOSE)
+    few = keyed_subset(HEIGHT, WIDTH, sampling)
+    assert len(few) == 77 and not few.level.any()
 
 
 @EVERY
@@ -675,10 +709,9 @@ def test_points_that_cannot_be_are_refused() -> None:
 def test_what_a_preset_cannot_do_is_refused() -> None:
     subset, mixed = CONFIGS["subset"], MixedDesign(points=300, coarse_level=2, window=6)
     plain = replace(subset, mollifier_sigma_px=0.0)
-    with pytest.raises(ValueError, match="not for the windows of --design mixed"):
-        plain.check_design(mixed)
-    plain.check_design(UniformDesign(points=90, coarse_level=2))
-    replace(plain, sums="all").check_design(mixed)
+    plain.check_design(mixed)
+    with pytest.raises(ValueError, match="not at the coarser windows of --design mixed"):
+        subset.check_design(mixed, 1.0)
     with pytest.raises(ValueError, match="noise is not mollified: at another resolution"):
         plain.overlap(None, 64, 64, -1)
     subset.overlap(None, 64, 64, -1)

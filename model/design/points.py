@@ -19,13 +19,14 @@ equally likely then, whatever the size of the image.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from jaxtyping import Int64
 
 from model.design.permutation import Permutation
-from model.design.protocol import Extent
+from model.design.protocol import Extent, PointDesign
 from model.design.windows import nested_windows
 
 PIXELS_STREAM, WINDOWS_STREAM = 0, 1
@@ -81,6 +82,9 @@ class _Points(ABC):
 @dataclass(frozen=True)
 class _Pixels(_Points):
     """What the designs of pixels alone share."""
+
+    def of(self, cells: int) -> Self:
+        return replace(self, points=cells, lattice=False)
 
     def num_cells(self, image: Extent) -> int:
         return self._budget(image)
@@ -161,6 +165,11 @@ class MixedDesign(_Points):
                 f"{self.uniform_part:g}"
             )
 
+    def of(self, cells: int) -> "MixedDesign | UniformDesign":
+        if self._stacks(cells) < 1:
+            return UniformDesign(cells, self.coarse_level)
+        return replace(self, points=cells, lattice=False)
+
     def num_cells(self, image: Extent) -> int:
         cells = self._budget(image)
         if self._stacks(cells) < 1:
@@ -218,6 +227,17 @@ class MixedDesign(_Points):
 
     def _stacks(self, cells: int) -> int:
         return int(cells * (1 - self.uniform_part)) // (self.coarse_level * self.window**2)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the pixels of images were drawn: by what design, and how many cells a pixel."""
+
+    design: PointDesign
+    density: float
+
+
+EVERY_PIXEL = Sampling(UniformDesign(), 1.0)
 
 
 def _slice(image: Extent, number: int, key: tuple[int, ...]) -> Int64[np.ndarray, " n"]:

@@ -41,7 +41,7 @@ class SparseConfig:
     points read the tokens. self_attention: whether they read each other. tokens: `one` is the mean
     of the finest lattice, a single vector for an image, `none` reads none at all. resampling: how
     features come to the lattice. sums: whether an image that is painted is summed over all its
-    pixels, or over a keyed subset as dense as what was trained on (see `painter`). means: whether
+    pixels, or over a keyed draw like those that were trained on (see `painter`). means: whether
     the exact area means of u_t come with them, which needs unmollified noise. feature_dropout: how
     often the features of points are left out of the lattice in training, so that the means alone
     suffice.
@@ -184,12 +184,6 @@ class SparseConfig:
                 "mollified noise is known at pixels, not at the coarser windows of --design "
                 "mixed; pack again with --design uniform or sobol, or train with --set "
                 "mollifier_sigma_px=0"
-            )
-        if self.sums == "subset" and isinstance(design, MixedDesign):
-            raise ValueError(
-                "sums over a subset of an image's pixels stand for those of uniform draws, not "
-                "for the windows of --design mixed; pack again with --design uniform or sobol, or "
-                "train with --set sums=all"
             )
         if design.coarse_level != self.coarse_level:
             raise ValueError(

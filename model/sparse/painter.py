@@ -5,9 +5,9 @@ for each sum, in which a tile goes as far as the sums that are known carry it an
 the next. The last pass goes to the end. A tile has the halo that its blocks need, so that a tiling
 changes nothing; memory is O(tile) and the lattice.
 
-With `sums` = "subset" a keyed subset of the pixels, as dense as the draws that were trained on and
-the same at every step, stands for the image: its sums are what training met, and cost one look at
-the subset. "all" takes every pixel, as the papers do, in one pass for each sum.
+With `sums` = "subset" a keyed draw, by the design and as dense as what was trained on and the same
+at every step, stands for the image: its sums are what training met, and cost one look at its
+cells. "all" takes every pixel, as the papers do, in one pass for each sum.
 
 A field may be finer or coarser than what was trained on: the lattice and the condition stay as
 they are on the ground, operators' kernels are resized, and mollified noise has the same covariance
@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from model.attention import Condition
-from model.design import Extent, UniformDesign
+from model.design import EVERY_PIXEL, Extent, Sampling
 from model.generate import Field, area_means
 from model.lattice import Box, tiles
 from model.points import Points
@@ -43,15 +44,16 @@ class SparsePainter:
 
     guidance: classifier-free guidance, x0 = null + guidance (conditional - null); 1 evaluates the
     condition alone. tile: side of a tile in pixels of the field, a multiple of the coarse cell.
-    density: points a pixel of the draws that were trained on, for configurations that sum over a
-    subset. level: of the field's pixels: -1 paints the same image at twice the resolution.
+    sampling: how the images that were trained on were drawn, for configurations that sum over a
+    subset. level: of the field's pixels: -1 paints the same image
+    at twice the resolution.
     """
 
     denoiser: SparseOperatorDenoiser
     condition: Condition
     guidance: float = 1.0
     tile: int = 256
-    density: float = 1.0
+    sampling: Sampling = EVERY_PIXEL
     level: int = 0
 
     def __post_init__(self) -> None:
@@ -179,10 +181,9 @@ class SparsePainter:
         return {}
 
     def _subset(self, height: int, width: int) -> "Subset":
-        """The keyed subset of the pixels of fields of this size; found once."""
+        """The keyed subset of the cells of fields of this size; found once."""
         if (height, width) not in self._subsets:
-            density = self.density * 4.0**self.level
-            points = keyed_subset(height, width, density, -self.level)
+            points = keyed_subset(height, width, self.sampling, self.level)
             support = self.denoiser.support(points.to(self._like.device))
             self._subsets[height, width] = Subset(points, support)
         return self._subsets[height, width]
@@ -196,7 +197,7 @@ class SparsePainter:
 
 @dataclass(frozen=True)
 class Subset:
-    """Pixels of a field that stand for all of them, and what finds their neighbours."""
+    """Cells of a field that stand for all its pixels, and what finds their neighbours."""
 
     points: Points
     support: Support
@@ -206,29 +207,41 @@ class Subset:
         """Boxes that are read at once, and which of the points lie in each."""
         height, width = self.points.sizes_px[0].tolist()
         across = -(-width // READ_PX)
-        number = self.points.y // READ_PX * across + self.points.x // READ_PX
+        y, x = self.points.y << self.points.level, self.points.x << self.points.level
+        number = y // READ_PX * across + x // READ_PX
         boxes = list(tiles(height, width, READ_PX))
         counts = torch.bincount(number, minlength=len(boxes)).tolist()
         return list(zip(boxes, number.argsort(stable=True).split(counts), strict=True))
 
     def read(self, field: Field) -> Float[Tensor, "n c"]:
-        """The field's values at the points."""
-        parts = [
-            field.read(box)[:, self.points.y[inside] - box.y, self.points.x[inside] - box.x].T
-            for box, inside in self.by_box
-        ]
+        """The means of the field over the cells."""
+        parts = [_means_at(field.read(box), box, self.points.take(i)) for box, i in self.by_box]
         order = torch.cat([inside for _, inside in self.by_box])
         return torch.cat(parts)[order.argsort()]
 
 
-def keyed_subset(height: int, width: int, density: float, resolution: int = 0) -> Points:
-    """`density` times the pixels of an image, or all, uniformly, always the same."""
+def keyed_subset(height: int, width: int, sampling: Sampling, level: int = 0) -> Points:
+    """Cells of an image whose pixels are cells of `level`, drawn as `sampling` says, always the
+    same; as many as it has pixels at most.
+    """
     size = torch.tensor([[height, width]])
-    number = min(max(round(density * height * width), 1), height * width)
-    drawn = UniformDesign(points=number).cells(Extent(height, width), SUBSET_KEY)
-    cells = torch.from_numpy(drawn)
-    zero = torch.zeros(number, dtype=torch.int64)
-    return Points(zero, zero, cells[:, 1], cells[:, 2], size, resolution)
+    number = round(sampling.density * 4.0**level * height * width)
+    number = min(max(number, 1), height * width)
+    drawn = sampling.design.of(number).cells(Extent(height, width), SUBSET_KEY)
+    cell_level, y, x = torch.from_numpy(drawn).unbind(dim=-1)
+    return Points(torch.zeros_like(cell_level), cell_level, y, x, size, -level)
+
+
+def _means_at(values: Float[Tensor, "c h w"], box: Box, points: Points) -> Float[Tensor, "n c"]:
+    """Means over cells inside a box of pixels of which these are the values."""
+    found = values.new_empty(len(points), len(values))
+    for level in points.level.unique().tolist():
+        # Where the image ends within a cell, the mean is of what there is of it.
+        pooled = F.avg_pool2d(values, 1 << level, ceil_mode=True)
+        here = points.level == level
+        y, x = points.y[here] - (box.y >> level), points.x[here] - (box.x >> level)
+        found[here] = pooled[:, y, x].T
+    return found
 
 
 def _from_u(evaluation: Evaluation) -> Float[Tensor, "1"]:
