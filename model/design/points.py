@@ -20,7 +20,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 from jaxtyping import Int64
@@ -83,9 +82,6 @@ class _Points(ABC):
 class _Pixels(_Points):
     """What the designs of pixels alone share."""
 
-    def of(self, cells: int) -> Self:
-        return replace(self, points=cells, lattice=False)
-
     def num_cells(self, image: Extent) -> int:
         return self._budget(image)
 
@@ -100,6 +96,9 @@ class _Pixels(_Points):
 class UniformDesign(_Pixels):
     """Pixels, uniformly and without repeats."""
 
+    def of(self, cells: int) -> "UniformDesign":
+        return replace(self, points=cells, lattice=False)
+
     def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
         return _pixels(_slice(image, self.num_cells(image), key), image)
 
@@ -109,6 +108,9 @@ class SobolDesign(_Pixels):
     """Pixels under a scrambled Sobol sequence, without repeats."""
 
     BITS = 52
+
+    def of(self, cells: int) -> "SobolDesign":
+        return replace(self, points=cells, lattice=False)
 
     def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
         number, size = self.num_cells(image), (image.height_px, image.width_px)
