@@ -336,6 +336,18 @@ def test_a_subset_is_drawn_as_in_training() -> None:
             here = points.level == level
             expected = levels[level][0, points.y[here], points.x[here]]
             torch.testing.assert_close(read[here], expected, **CLOSE)
+    # Of training's sums over these cells and painting's over the field, all are alike.
+    net, log_snr = network(replace(CONFIGS["means"], sums="subset")), 0.5
+    given = condition(net.config, 1)
+    painter = SparsePainter(net, given, tile=32, sampling=sampling)
+    y = field * (1 + np.exp(-log_snr)) ** 0.5
+    lattice = levels_of(y.permute(1, 2, 0)[None], 2)[-1]
+    means = Means(lattice, torch.ones_like(lattice[..., :1]))
+    evaluation = net.prepare(given, torch.tensor([log_snr]).double(), means)
+    observed = read * (1 + np.exp(-log_snr)) ** 0.5
+    _, (trained,) = net.over_all(observed, net.support(points), evaluation)
+    ((painted,),) = painter._sums(ArrayField(field.numpy()), [evaluation])
+    torch.testing.assert_close(painted, trained, **CLOSE)
     few = keyed_subset(HEIGHT, WIDTH, sampling)
     assert len(few) == 77 and not few.level.any()
 
