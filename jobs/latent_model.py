@@ -69,16 +69,19 @@ class LatentFit:
         return self.folder / "state.safetensors"
 
     def run(self, progress: Callable[..., Iterable[int]] = console.progress) -> float:
-        """Fit on to the end; the mean loss of the last steps, at most 100."""
+        """Fit on to the end; the final weights' mean loss on the last batches, at most 100: the
+        same however often the fit was killed.
+        """
         steps, first = self.options.steps, self._resume()
         if first:
             console.say(f"latents: resuming at step {first}")
-        losses: list[float] = []
         for step in progress(range(first, steps), total=steps - first, desc="latents: fit"):
-            losses = [*losses[-99:], self._step(step)]
+            self._step(step)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 self._save(step + 1)
-        return float(np.mean(losses or [self._loss(steps - 1).item()]))
+        with torch.no_grad():
+            losses = [float(self._loss(step)) for step in range(max(steps - 100, 0), steps)]
+        return float(np.mean(losses))
 
     def _loss(self, step: int) -> Float[Tensor, ""]:
         """Of the batch of a step; noise levels are stratified."""
@@ -95,7 +98,7 @@ class LatentFit:
             torch.from_numpy(uniform).to(self.z.device),
         )
 
-    def _step(self, step: int) -> float:
+    def _step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * _schedule(step, self.options.steps)
         self.optimizer.zero_grad()
@@ -106,7 +109,6 @@ class LatentFit:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 self.averages[name].lerp_(parameter, 1 - decay)
-        return float(loss.detach())
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged weights, with mean and deviation."""
