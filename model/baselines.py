@@ -207,7 +207,7 @@ class PatchPainter:
         meanwhile.
         """
         _, height, width = field.shape
-        self.denoiser.config.overlap(self.overlap, height, width, level=0)
+        self.denoiser.config.check_painting(self.overlap, height, width, level=0)
         for left in range(0, width, self.tile):
             yield from self._strip(field, log_snr, left, min(left + self.tile, width))
 

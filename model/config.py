@@ -82,7 +82,9 @@ class PyramidConfig:
         """Side of a tile that suits a device: on a CPU it stays in the cache."""
         return 1024 if on_gpu else 256
 
-    def overlap(self, asked: float | None, height_px: int, width_px: int, level: int) -> None:
+    def check_painting(
+        self, asked: float | None, height_px: int, width_px: int, level: int
+    ) -> None:
         """Ours has no windows to overlap; a `ValueError` where an overlap is asked for, or a
         resolution that was not trained on.
         """
@@ -164,7 +166,9 @@ class PatchConfig:
         """Width of a strip, within which no window is evaluated twice."""
         return 4096
 
-    def overlap(self, asked: float | None, height_px: int, width_px: int, level: int) -> float:
+    def check_painting(
+        self, asked: float | None, height_px: int, width_px: int, level: int
+    ) -> float:
         """The overlap of windows, 0.75 unless asked otherwise; a `ValueError` where this image
         cannot be painted.
         """

@@ -31,17 +31,18 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Float[Tensor, "b *shape"]) -> Float[Tensor, "b *shape"]:
         if self.seeds is None:
             return x
-        kept = keyed_words(self.seeds, x[0].numel(), self.number) >= int(self.rate * 2**32)
+        kept = keyed_halves(self.seeds, x[0].numel(), self.number) >= round(self.rate * 2**16)
         return x * (kept.view_as(x).to(x.dtype) / (1 - self.rate))
 
 
-def keyed_words(seeds: Int64[Tensor, " b"], count: int, number: int) -> Int64[Tensor, "b n"]:
-    """`count` uniform 32-bit words of every seed; counters are (place, 0, layer, stream)."""
-    place = torch.arange(-(-count // 4), device=seeds.device).expand(len(seeds), -1)
+def keyed_halves(seeds: Int64[Tensor, " b"], count: int, number: int) -> Int64[Tensor, "b n"]:
+    """`count` uniform 16-bit numbers of every seed; counters are (place, 0, layer, stream)."""
+    place = torch.arange(-(-count // 8), device=seeds.device).expand(len(seeds), -1)
     zero = torch.zeros_like(place)
     counter = (place, zero, torch.full_like(place, number), torch.full_like(place, STREAM))
     low, high = (word[:, None].expand_as(place) for word in (seeds & MASK, (seeds >> 32) & MASK))
-    return torch.stack(philox_4x32(counter, (low, high)), dim=-1).flatten(1)[:, :count]
+    words = torch.stack(philox_4x32(counter, (low, high)), dim=-1)
+    return torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :count]
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def noise_of(denoiser: Denoiser) -> Noise:
 def mollifier_of(denoiser: Denoiser) -> float:
     """Deviation in pixels of what smooths the process's images and noise; 0 for nothing."""
     if isinstance(denoiser, SparseOperatorDenoiser):
-        return denoiser.config.mollifier_sigma_px
+        return denoiser.octaves.noise.mollifier_sigma_px
     return 0.0
 
 

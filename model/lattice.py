@@ -81,6 +81,11 @@ def at_level(length_px: int, level: int) -> int:
     return -(-length_px >> level) if level >= 0 else length_px << -level
 
 
+def coarser(cells: int, levels: int) -> int:
+    """A place or a whole number of cells, counted in cells so many levels up, or down."""
+    return cells >> levels if levels >= 0 else cells << -levels
+
+
 def tiles(height: int, width: int, tile: int, *, level: int = 0) -> Iterator[Box]:
     """Boxes of at most tile x tile cells that partition height x width cells, row by row.
 

@@ -8,7 +8,8 @@ It is not renormalised: its standard deviation is r sum(k^2), about 1 / (2 sqrt(
 0.282 for one pixel. r is the resolution of the field over that of the training, and so that
 covariances at a distance on the ground stay as they were, sigma and amplitude are r times as large
 there. That is what the same A makes of the tree's cells of level -log2(r), whose means have the
-variance r^2: at every resolution one field, refined.
+variance r^2: one field, refined. (It holds while r sigma is a pixel or more; a narrower Gaussian
+falls between the pixels of a coarser field.)
 
 A field is evaluated where it is needed, at sparse points too, whose neighbourhoods share the
 ancestors of their pixels. Sums are taken tap by tap, rows before columns, in one order: a window
@@ -105,26 +106,28 @@ class MollifiedNoise:
                 "area means"
             )
         values = torch.empty(len(points), self.channels, device=seeds.device)
-        radius = self.radius()
+        level = -points.resolution
+        radius = self.radius(level)
         odd = 2 * ((points.y - radius) & 1) + ((points.x - radius) & 1)
         most = max(_VALUES_AT_ONCE // (self.channels * (2 * radius + 2) ** 2), 1)
         for parity in range(4):
             for part in torch.nonzero(odd == parity)[:, 0].split(most):
-                values[part] = self._neighbourhoods(seeds, points.take(part), *divmod(parity, 2))
+                first = divmod(parity, 2)
+                values[part] = self._neighbourhoods(seeds, points.take(part), level, *first)
         return values
 
     def _neighbourhoods(
-        self, seeds: Int64[Tensor, " b"], points: Points, first_y: int, first_x: int
+        self, seeds: Int64[Tensor, " b"], points: Points, level: int, first_y: int, first_x: int
     ) -> Float[Tensor, "n c"]:
         """Points whose neighbourhoods begin at a parent's first (0) or second (1) child."""
-        n, radius, taps = len(points), self.radius(), self._taps(0)
+        n, radius, taps = len(points), self.radius(level), self._taps(level)
         side = radius + 1
         step = torch.arange(side, device=seeds.device)
         y = (((points.y - radius) >> 1)[:, None, None] + step[:, None]).expand(-1, -1, side)
         x = (((points.x - radius) >> 1)[:, None, None] + step).expand(-1, side, -1)
         image = points.image[:, None, None].expand(-1, side, side)
         parents, place = Cells(image.flatten(), y.flatten(), x.flatten()).distinct()
-        four = self.tree.families(seeds, 0, parents)[place]
+        four = self.tree.families(seeds, level, parents)[place]
         four = four.view(n, side, side, self.channels, 2, 2).permute(1, 4, 2, 5, 0, 3)
         leaves = four.reshape(2 * side, 2 * side, n, self.channels)
         k = len(taps)

@@ -230,8 +230,9 @@ class NoiseTree:
                 f"{len(seeds)} seeds do not fit points of {points.batch} images; give one a field"
             )
         values = torch.empty(len(points), self.channels, device=seeds.device)
-        for level in points.level.unique().tolist():
-            chosen = torch.nonzero(points.level == level)[:, 0]
+        levels = points.level - points.resolution
+        for level in levels.unique().tolist():
+            chosen = torch.nonzero(levels == level)[:, 0]
             up = max(level - self.spectrum.coarse_level, 0) if self.spectrum.floor else 0
             for part in chosen.split(max(_CELLS_AT_ONCE >> (2 * up), 1)):
                 cells = Cells(points.image[part], points.y[part], points.x[part])

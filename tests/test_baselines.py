@@ -220,12 +220,12 @@ def test_what_cannot_be_painted_is_a_sentence() -> None:
     with pytest.raises(ValueError, match="windows of 16 px, which an image of 15x40 px"):
         whole(PatchPainter(net, condition((1, 2))), field_of(15, 40), 0.0)
     with pytest.raises(ValueError, match="leave --scale at 1"):
-        CONFIG.overlap(None, 64, 64, level=1)
+        CONFIG.check_painting(None, 64, 64, level=1)
     with pytest.raises(ValueError, match="in \\[0, 1\\), not 1"):
-        CONFIG.overlap(1.0, 64, 64, level=0)
-    assert CONFIG.overlap(None, 64, 64, level=0) == 0.75
+        CONFIG.check_painting(1.0, 64, 64, level=0)
+    assert CONFIG.check_painting(None, 64, 64, level=0) == 0.75
     with pytest.raises(ValueError, match="leave --overlap out"):
-        preset("tiny", channels=2, token_dim=6).overlap(0.5, 64, 64, level=0)
+        preset("tiny", channels=2, token_dim=6).check_painting(0.5, 64, 64, level=0)
 
 
 def draw(batch: int) -> WindowDraw:

@@ -345,7 +345,7 @@ def test_a_subset_is_drawn_as_in_training() -> None:
     means = Means(lattice, torch.ones_like(lattice[..., :1]))
     evaluation = net.prepare(given, torch.tensor([log_snr]).double(), means)
     observed = read * (1 + np.exp(-log_snr)) ** 0.5
-    _, (trained,) = net.over_all(observed, net.support(points), evaluation)
+    (trained,) = net.sums(observed, net.support(points), evaluation)
     ((painted,),) = painter._sums(ArrayField(field.numpy()), [evaluation])
     torch.testing.assert_close(painted, trained, **CLOSE)
     few = keyed_subset(HEIGHT, WIDTH, sampling)
@@ -629,6 +629,20 @@ def test_dropout_is_a_function_of_the_seed() -> None:
     seeds, uniform = torch.tensor([5, 6]), torch.full((2,), 0.5, dtype=torch.float64)
     found = losses(config, draw, net=net, seeds=seeds, uniform=uniform)
     assert torch.equal(losses(config, draw, net=net, seeds=seeds, uniform=uniform), found)
+    alone = torch.stack(
+        [
+            losses(
+                config,
+                rows(draw, one),
+                net=net,
+                seeds=seeds[one],
+                uniform=uniform[one],
+                given=rows(condition(config, 2), one),
+            )
+            for one in (slice(0, 1), slice(1, 2))
+        ]
+    )
+    torch.testing.assert_close(alone.mean(dim=0), found, **CLOSE)
     without = network(replace(config, unet_dropout=0.0))
     assert not torch.equal(losses(config, draw, net=without, seeds=seeds, uniform=uniform), found)
     u = normal(2, HEIGHT, WIDTH)
@@ -725,8 +739,10 @@ def test_what_a_preset_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="not at the coarser windows of --design mixed"):
         subset.check_design(mixed, 1.0)
     with pytest.raises(ValueError, match="noise is not mollified: at another resolution"):
-        plain.overlap(None, 64, 64, -1)
-    subset.overlap(None, 64, 64, -1)
+        plain.check_painting(None, 64, 64, -1)
+    subset.check_painting(None, 64, 64, -1)
+    with pytest.raises(ValueError, match="lost between pixels 2 times as large"):
+        subset.check_painting(None, 64, 64, 1)
     with pytest.raises(ValueError, match="unet_dropout is a part of at least 0 and below 1"):
         replace(subset, unet_dropout=1.0)
     wide = replace(condition(subset, 1), values=normal(1, 7, 7))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.run import Run, RunConfig, RunState
+from model.lattice import coarser
 from pipeline.ome import OmeImage
 from pipeline.store import Region, Store
 
@@ -19,7 +20,8 @@ from pipeline.store import Region, Store
 class Painting:
     """A painted image and its record.
 
-    region: what conditioned it. level: its pixels are 2^level px of the store.
+    region: what conditioned it. level: its pixels are 2^level px of the store; below 0 they are
+    parts of one.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Painting:
     @property
     def conditioned(self) -> tuple[int, int]:
         """Height and width, from the top left, of what its region covers."""
-        side = self.region.side >> self.level
+        side = coarser(self.region.side, self.level)
         return min(side, self.size[0]), min(side, self.size[1])
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from jobs.evaluate.metrics import LayoutMatch, thumbnail
 from jobs.report.material import Material, Painting
+from model.lattice import coarser
 from pipeline import console
 from pipeline.store import Region
 
@@ -88,7 +89,7 @@ def _distances(material: Material, paintings: Iterable[Painting]) -> dict[str, d
     """
     squares = {p.name: min(p.conditioned) for p in paintings}
     painted = {p.name: thumbnail(p.image, 0, 0, squares[p.name]) for p in paintings}
-    sides = {p.name: squares[p.name] << p.level for p in paintings}
+    sides = {p.name: coarser(squares[p.name], -p.level) for p in paintings}
     result: dict[str, dict[int, float]] = {name: {} for name in painted}
     if not painted:
         return result

@@ -11,6 +11,7 @@ from jobs.report import facts
 from jobs.report.material import Material, Painting
 from jobs.report.neighbours import Neighbourhood, is_same, overlap
 from jobs.report.pictures import Panel, Panels
+from model.lattice import coarser
 from pipeline.store import Region
 
 GENERATOR = "gigabrush jobs.report"
@@ -220,7 +221,7 @@ def _condition(painting: Painting, panel: Panel) -> str:
             " The image is larger: beyond the dashed line its condition is continued by "
             "reflection, as shown."
         )
-    elif max(painting.size) << painting.level < region.side:
+    elif coarser(max(painting.size), -painting.level) < region.side:
         caption += " Its top left corner, which the image covers."
     if region.split == "train":
         caption += " The run was trained on it."

@@ -5,9 +5,10 @@
     crop     a square at full resolution, PNG: for 8-bit RGB exactly the pixels of the image
 
 Panels are the condition, the painting, and the nearest training region. Their pixels are those of
-the painting: at a scale below 1 the real ones come from that level of the store. A painting larger
-than its region is conditioned on the region and its mirror images, or on several regions side by
-side (`conditioning.layout`), so that is what the panel of the condition shows.
+the painting: at a scale below 1 the real ones come from that level of the store, above 1 they are
+shown as squares of several. A painting larger than its region is conditioned on the region and its
+mirror images, or on several regions side by side (`conditioning.layout`), so that is what the
+panel of the condition shows.
 """
 
 import shutil
@@ -22,6 +23,7 @@ from conditioning.layout import recorded_layout
 from jobs.pictures import as_rgb, liveliest, reduced
 from jobs.report.material import Material, Painting
 from jobs.run import RunConfig
+from model.lattice import coarser
 from pipeline.ome import OmeImage
 from pipeline.store import Region
 
@@ -53,6 +55,8 @@ class Source:
 
     def rgb(self, place: Place, config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
         """A part of the box, pixel for pixel."""
+        if self.level < 0:
+            return self._repeated(place, config)
         stored = min(self.level, self.image.num_levels - 1)
         finer = self.level - stored
         y, x, height, width = (
@@ -61,13 +65,29 @@ class Source:
         pixels = as_rgb(self.image, y, x, height, width, config, stored)
         return np.asarray(Image.fromarray(pixels).reduce(1 << finer))
 
+    def _repeated(self, place: Place, config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
+        """A part whose pixels are finer than any that are stored."""
+        times = 1 << -self.level
+        top, left = self.y + place.y, self.x + place.x
+        y, x = top // times, left // times
+        height, width = (
+            -(-(top + place.height) // times) - y,
+            -(-(left + place.width) // times) - x,
+        )
+        pixels = as_rgb(self.image, y, x, height, width, config, 0)
+        large = pixels.repeat(times, axis=0).repeat(times, axis=1)
+        top, left = top - y * times, left - x * times
+        return large[top : top + place.height, left : left + place.width]
+
     def coarser(self, levels: int) -> "Source":
         y, x, height, width = (n >> levels for n in (self.y, self.x, self.height, self.width))
         return Source(self.image, y, x, height, width, self.level + levels)
 
     def whole(self, longest: int, config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
         """All of it, the longer side shown by `longest` px."""
-        y, x, height, width = (n << self.level for n in (self.y, self.x, self.height, self.width))
+        y, x, height, width = (
+            coarser(n, -self.level) for n in (self.y, self.x, self.height, self.width)
+        )
         return reduced(self.image, y, x, height, width, config, longest)
 
     def full(self, config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
@@ -170,11 +190,12 @@ def _conditions(material: Material, painting: Painting) -> Source | Mosaic:
     if layout == ((painting.region,),):
         return _of_region(material, painting, painting.region)
     level = painting.level
-    side = painting.region.side >> level
+    side = coarser(painting.region.side, level)
 
     def source(region: Region) -> Source:
         image = material.store.image(region.image)
-        return Source(image, region.y >> level, region.x >> level, side, side, level)
+        y, x = coarser(region.y, level), coarser(region.x, level)
+        return Source(image, y, x, side, side, level)
 
     return Mosaic(tuple(tuple(source(region) for region in row) for row in layout))
 
@@ -182,7 +203,8 @@ def _conditions(material: Material, painting: Painting) -> Source | Mosaic:
 def _of_region(material: Material, painting: Painting, region: Region) -> Source:
     level = painting.level
     image = material.store.image(region.image)
-    return Source(image, region.y >> level, region.x >> level, *painting.conditioned, level)
+    y, x = coarser(region.y, level), coarser(region.x, level)
+    return Source(image, y, x, *painting.conditioned, level)
 
 
 def _crop_place(material: Material, painting: Painting) -> Place:
@@ -191,8 +213,9 @@ def _crop_place(material: Material, painting: Painting) -> Place:
     side = min(painting.conditioned)
     crop = min(side, CROP_PX)
     image = material.store.image(region.image)
-    y, x = liveliest(image, region.y, region.x, side << level, crop << level)
-    return Place(y >> level, x >> level, crop, crop)
+    box = coarser(side, -level), coarser(crop, -level)
+    y, x = liveliest(image, region.y, region.x, *box)
+    return Place(coarser(y, level), coarser(x, level), crop, crop)
 
 
 def _draw(

@@ -40,8 +40,8 @@ class Sample:
     """Class that the images are to be of, by its name; by default that of their region, if it has
     one."""
     scale: float = 1.0
-    """Resolution of the painted image over the training's: 1, 0.5, 0.25, 0.125; 2 and 4 too where
-    the run's noise is mollified (preset paper)."""
+    """Resolution of the painted image over the training's: 1, 0.5, 0.25 or 0.125; of runs whose
+    noise is mollified (presets paper, infinity-diff) 1, 2 or 4."""
     steps: int = 20
     """Evaluations of the denoiser; guidance evaluates twice in each. Both papers took 50."""
     seed: int = 0

@@ -40,7 +40,7 @@ def make_plan(options: Sample) -> Plan:
     size_px = subjects[0].size_px
     level, coarse = SCALES[options.scale], config.denoiser.cell_px
     device = choose_device(options.device)
-    overlap = config.denoiser.overlap(options.overlap, *size_px, level)
+    overlap = config.denoiser.check_painting(options.overlap, *size_px, level)
     make_solver(options.solver, options.eta)
     # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
     recipe = Recipe(

@@ -120,7 +120,6 @@ class SparseConfig:
                 "the exact area means of mollified noise are not known without all its pixels; "
                 "set mollifier_sigma_px to 0, or means to False"
             )
-
         if self.latent_dim and self.vector_dim:
             raise ValueError(
                 f"a condition has one global vector: either one that is given, of "
@@ -150,7 +149,9 @@ class SparseConfig:
         """Side of a tile that suits a device: on a CPU it stays in the cache."""
         return max(1024 if on_gpu else 256, self.cell_px)
 
-    def overlap(self, asked: float | None, height_px: int, width_px: int, level: int) -> None:
+    def check_painting(
+        self, asked: float | None, height_px: int, width_px: int, level: int
+    ) -> None:
         """Nothing overlaps here; a `ValueError` where that, or another resolution, is asked
         for.
         """
@@ -164,6 +165,11 @@ class SparseConfig:
                 "this run's noise is not mollified: at another resolution its values have another "
                 "variance than those that were trained on; leave --scale at 1, or train with "
                 "--set mollifier_sigma_px=1 on packs made with --mollifier 1"
+            )
+        if level > 0 and self.mollifier_sigma_px * 2.0**-level < 1.0:
+            raise ValueError(
+                f"noise mollified by {self.mollifier_sigma_px:g} px is lost between pixels "
+                f"{1 << level} times as large; leave --scale at 1 or above, and reduce the image"
             )
 
     def check_design(self, design: Design, mollifier_sigma_px: float = 0.0) -> None:
@@ -219,6 +225,7 @@ _TINY: dict[str, Any] = {
     "unet_widths": (32, 64, 96),
     "unet_layers": 1,
     "unet_groups": 16,
+    "unet_dropout": 0.0,
 }
 _INFINITY_DIFF: dict[str, Any] = {
     "tokens": "none",

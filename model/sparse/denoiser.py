@@ -80,6 +80,12 @@ class SparseOperatorDenoiser(nn.Module):
         self, config: SparseConfig, octaves: Octaves, backend: Backend = "reference"
     ) -> None:
         super().__init__()
+        if octaves.noise.mollifier_sigma_px != config.mollifier_sigma_px:
+            raise ValueError(
+                f"the octaves are those of noise mollified by "
+                f"{octaves.noise.mollifier_sigma_px:g} px, the configuration asks for "
+                f"{config.mollifier_sigma_px:g}; make them by config.octaves"
+            )
         self.config, self.octaves, self.backend = config, octaves, backend
         side_px = 1 << octaves.noise.top_level
         self.schedule = make_schedule(config.schedule, side_px=side_px, octaves=octaves)
@@ -159,20 +165,23 @@ class SparseOperatorDenoiser(nn.Module):
         self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
     ) -> Float[Tensor, "n c"]:
         """The network's output at the points of a draw, which are all that there is."""
-        return self.over_all(observed, support, evaluation)[0]
-
-    def over_all(
-        self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
-    ) -> tuple[Float[Tensor, "n c"], list[Any]]:
-        """The same, and what each sum over the points came to."""
         run = self.run(observed, support, evaluation)
-        ask, sums = next(run), []
+        ask = next(run)
         while True:
-            sums.append(self.complete(ask(), evaluation))
             try:
-                ask = run.send(sums[-1])
+                ask = run.send(self.complete(ask(), evaluation))
             except StopIteration as end:
-                return end.value, sums
+                return end.value
+
+    def sums(
+        self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
+    ) -> list[Any]:
+        """What every sum over the points of a draw comes to, and no further."""
+        run = self.run(observed, support, evaluation)
+        found = [self.complete(next(run)(), evaluation)]
+        while len(found) < self.num_sums:
+            found.append(self.complete(run.send(found[-1])(), evaluation))
+        return found
 
     def run(
         self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation

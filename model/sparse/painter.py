@@ -9,9 +9,9 @@ With `sums` = "subset" a keyed draw, by the design and as dense as what was trai
 at every step, stands for the image: its sums are what training met, and cost one look at its
 cells. "all" takes every pixel, as the papers do, in one pass for each sum.
 
-A field may be finer or coarser than what was trained on: the lattice and the condition stay as
-they are on the ground, operators' kernels are resized, and mollified noise has the same covariance
-on the ground.
+A field may be finer than what was trained on: the lattice and the condition stay as they are on
+the ground, operators' kernels are resized, and mollified noise has the same covariance on the
+ground. (Coarser too, as far as the mollifier is still wider than a pixel.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,6 +57,11 @@ class SparsePainter:
     level: int = 0
 
     def __post_init__(self) -> None:
+        if self.level > self.denoiser.config.coarse_level:
+            raise ValueError(
+                f"pixels of level {self.level} are larger than the coarse cells, of level "
+                f"{self.denoiser.config.coarse_level}; paint them finer"
+            )
         if self.tile % self.cell:
             raise ValueError(
                 f"tiles of {self.tile} px must be a multiple of the coarse cell, {self.cell} px"
@@ -146,8 +151,7 @@ class SparsePainter:
             subset = self._subset(*field.shape[1:])
             u = subset.read(field).to(self._like)
             return [
-                self.denoiser.over_all(u * _from_u(each), subset.support, each)[1]
-                for each in evaluations
+                self.denoiser.sums(u * _from_u(each), subset.support, each) for each in evaluations
             ]
         found: list[list[Any]] = []
         for evaluation in evaluations:
