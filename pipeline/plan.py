@@ -1,8 +1,11 @@
 """What an ingest will do, decided before anything is written.
 
 Every input is opened and described. What cannot be used is set aside with its reason; the rest
-must agree on one unit, one band list and one type, and get one target resolution: the one asked
-for, the store's, or the coarsest native one, which is the finest that every input can deliver.
+must be of one kind, which is one unit, one band list and one type, and get one target resolution:
+the one asked for, the store's, or the coarsest native one, which is the finest that every input
+can deliver. The kind is the store's where there is one; otherwise the unit that was asked for
+(--mpp, --gsd, --pixels), and in it what more than half of the files are. Then the others are set
+aside too, one by one. Where nobody asked and files are of several kinds, nothing is guessed.
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 from pipeline.console import progress, size
 from pipeline.ome import SHARD_PX
-from pipeline.readers import Reader, UnreadableError, open_reader
-from pipeline.readers.protocol import NAMES
-from pipeline.resample import SAME_SPACING, Resampled
-from pipeline.sources import Source, content_of, find_sources, image_id
+from pipeline.readers import Reader, UnreadableError
+from pipeline.readers.protocol import NAMES, SIGNS, SpacingUnit
+from pipeline.resample import SAME_SPACING, FinerThanFileError, Native, choose_sampling
+from pipeline.sources import Labels, Source, content_of, image_id
 from pipeline.store import Store, StoreSpec
+from pipeline.table import find_sources
 
 QUARTER_QUAD = re.compile(r"m_(\d{7}_(?:ne|nw|se|sw))_", re.IGNORECASE)
 PYRAMID_FACTOR = 4 / 3
@@ -82,17 +86,18 @@ class Plan:
         return WORKER_BASE_BYTES + SHARD_COPIES * self.shard_bytes
 
 
+Kind = tuple[str, tuple[str, ...], str]  # unit, bands, type
+
+
 @dataclass(frozen=True)
 class _Described:
     """What a reader says about a source."""
 
     image_id: str
     source: Source
-    unit: str
-    spacing: float
+    native: Native
     spacing_source: str
-    bands: tuple[str, ...]
-    dtype: str
+    kind: Kind
     place: Place | None
 
 
@@ -104,49 +109,79 @@ def make_plan(
     source_gsd: float | None,
     region: int,
     store: Store | None,
+    labels: Labels = "csv",
 ) -> Plan:
-    """Look at every input. `target` is in `unit` (um or m), both None where the user names
+    """Look at every input. `target` is in `unit` (um, m or px), both None where the user names
     neither.
 
     Raises a `ValueError` when no input can be used, when inputs do not fit together or into
     `store`.
     """
-    notes: list[str] = []
-    described: dict[str, _Described] = {}
-    known = {content_of(name): name for name in store.image_states()} if store else {}
-    failures: list[Failure] = []
-    sources = find_sources(inputs, source_mpp, source_gsd)
-    for source in progress(sources, total=len(sources), desc="looking at inputs"):
-        try:
-            name = image_id(source.path)
-        except OSError as error:
-            failures.append(Failure(source.path, str(error)))
-            continue
-        name = known.setdefault(content_of(name), name)
-        if name in described:
-            first = described[name].source.path
-            notes.append(f"{source.path} has the same content as {first} and is one image with it")
-            continue
-        try:
-            with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
-                described[name] = _describe(name, source, reader)
-        except (UnreadableError, OSError) as error:
-            failures.append(Failure(source.path, str(error)))
+    plain = unit == "px" or (store is not None and store.spec.unit == "px")
+    sources = find_sources(inputs, source_mpp, source_gsd, plain, labels)
+    described, failures, notes = _describe_all(sources, store)
     if not described:
         raise ValueError(_nothing_usable(failures))
-    spec = _common_spec(list(described.values()), target, unit, region, store)
+    kind, others = _choose_kind(described, unit, store)
+    failures += others
+    items = [item for item in described if item.kind == kind]
+    if not items:
+        raise ValueError(_nothing_usable(failures))
+    spec = _common_spec(items, target, region, store)
     if store is None and target is None:
-        notes.append(_target_note(list(described.values()), spec))
-    groups = _groups(list(described.values()))
+        notes.append(_target_note(items, spec))
+    groups = _groups(items)
     jobs = []
-    for item in described.values():
+    for item in items:
         try:
-            jobs.append(_job(item, spec, groups[item.image_id]))
+            jobs.append(_job(item, spec, groups[item.image_id], store))
         except UnreadableError as error:
             failures.append(Failure(item.source.path, str(error)))
     if not jobs:
         raise ValueError(_nothing_usable(failures))
     return Plan(spec, tuple(jobs), tuple(failures), tuple(notes))
+
+
+def _describe_all(
+    sources: Sequence[Source], store: Store | None
+) -> tuple[list[_Described], list[Failure], list[str]]:
+    """What the readers say of each content, the sources that have no reader, and which contents
+    came twice.
+    """
+    notes: list[str] = []
+    described: dict[str, _Described] = {}
+    known = {content_of(name): name for name in store.image_states()} if store else {}
+    failures: list[Failure] = []
+    for source in progress(sources, total=len(sources), desc="looking at inputs"):
+        try:
+            if not source.path.is_file():
+                raise UnreadableError(f"{source.path} is not a file; check the path")
+            name = image_id(source.path)
+            name = known.setdefault(content_of(name), name)
+            if name in described:
+                notes.append(_same_content(source, described[name].source))
+                continue
+            with source.open() as reader:
+                described[name] = _describe(name, source, reader)
+        except UnreadableError as error:
+            failures.append(Failure(source.path, str(error)))
+        except OSError as error:
+            reason = f"{source.path} cannot be read: {error.strerror or error}"
+            failures.append(Failure(source.path, reason))
+    return list(described.values()), failures, notes
+
+
+def _same_content(source: Source, first: Source) -> str:
+    """A note that two sources are one image, and what of the second is not used."""
+    unused = [
+        f"{key} {getattr(source, key)}"
+        for key in ("patient", "split", "label")
+        if getattr(source, key) not in (None, getattr(first, key))
+    ]
+    return (
+        f"{source.path} has the same content as {first.path} and is one image with it"
+        f"{f', so that its {unused[0]} is not used' if unused else ''}"
+    )
 
 
 def _nothing_usable(failures: Sequence[Failure]) -> str:
@@ -158,8 +193,8 @@ def _nothing_usable(failures: Sequence[Failure]) -> str:
 
 def _target_note(items: Sequence[_Described], spec: StoreSpec) -> str:
     """Which resolution is the target where nobody named one, and what that does to the others."""
-    coarsest = max(items, key=lambda item: item.spacing)
-    finer = sum(item.spacing < spec.spacing * (1 - SAME_SPACING) for item in items)
+    coarsest = max(items, key=lambda item: item.native.spacing)
+    finer = sum(item.native.spacing < spec.spacing * (1 - SAME_SPACING) for item in items)
     name = NAMES[spec.unit]
     which = f" (of {coarsest.source.path}), to which {finer} with finer pixels are reduced"
     return (
@@ -171,7 +206,7 @@ def _target_note(items: Sequence[_Described], spec: StoreSpec) -> str:
 def describe_plan(plan: Plan, done: int, stride: int | None) -> str:
     """Lines that tell the user what is going to happen."""
     spec = plan.spec
-    name, sign = NAMES[spec.unit], "µm" if spec.unit == "um" else "m"
+    name, sign = NAMES[spec.unit], SIGNS[spec.unit]
     lines = [
         f"images: {len(plan.jobs)}, {done} of them already done; "
         f"cannot be used: {len(plan.failures)}",
@@ -213,69 +248,106 @@ def _describe(name: str, source: Source, reader: Reader) -> _Described:
     return _Described(
         name,
         source,
-        reader.unit,
-        reader.spacing,
+        Native.of(reader),
         reader.spacing_source,
-        reader.bands,
-        reader.dtype,
+        (reader.unit, reader.bands, reader.dtype),
         place,
     )
 
 
-def _common_spec(
-    items: list[_Described],
-    target: float | None,
-    unit: str | None,
-    region: int,
-    store: Store | None,
-) -> StoreSpec:
-    first = items[0]
-    kinds: dict[tuple[Any, ...], list[Path]] = {}
-    if store is not None:
-        kinds[store.spec.unit, store.spec.bands, store.spec.dtype] = [store.path]
+def _choose_kind(
+    items: Sequence[_Described], unit: str | None, store: Store | None
+) -> tuple[Kind, list[Failure]]:
+    """The kind of the store, and why files of other kinds do not fit into it."""
+    kinds: dict[Kind, list[_Described]] = {}
     for item in items:
-        kinds.setdefault((item.unit, item.bands, item.dtype), []).append(item.source.path)
-    if len(kinds) > 1:
-        counted = "; ".join(
-            f"{_kind_text(kind)}: {', '.join(str(path) for path in paths[:SHOWN_PATHS])}"
-            f"{f' and {len(paths) - SHOWN_PATHS} more' if len(paths) > SHOWN_PATHS else ''}"
-            for kind, paths in kinds.items()
-        )
+        kinds.setdefault(item.kind, []).append(item)
+    wanted = {kind: found for kind, found in kinds.items() if unit in (None, kind[0])}
+    if not wanted:
+        first = items[0]
         raise ValueError(
-            f"one store holds one kind, and here are {len(kinds)}: {counted}; ingest each kind "
-            "into a store of its own"
+            f"--{NAMES[unit or '']} is given and {first.source.path} is measured by "
+            f"{NAMES[first.kind[0]]}; give --{NAMES[first.kind[0]]}"
         )
-    (kind,) = kinds
-    if unit is not None and unit != kind[0]:
-        raise ValueError(
-            f"--{NAMES[unit]} is given and {first.source.path} is measured by {NAMES[kind[0]]}; "
-            f"give --{NAMES[kind[0]]}"
+    if store is not None:
+        chosen: Kind = (store.spec.unit, store.spec.bands, store.spec.dtype)
+        why = f"{store.path} holds {_kind_text(chosen)}"
+    else:
+        chosen = max(wanted, key=lambda kind: len(wanted[kind]))
+        count, of = len(wanted[chosen]), sum(map(len, wanted.values()))
+        if len(wanted) > 1 and (unit is None or 2 * count <= of):
+            raise ValueError(_mixture(wanted))
+        asked = f"--{NAMES[unit]} asks for " if unit is not None else ""
+        why = f"{asked}{_kind_text(chosen)}, as {count} of {len(items)} inputs are"
+    return chosen, [
+        Failure(
+            item.source.path,
+            f"{item.source.path} is {_kind_text(kind)}, and {why}; one store holds one kind, so "
+            "ingest it into a store of its own",
         )
-    if store is not None and target not in (None, store.spec.spacing):
-        name = NAMES[kind[0]]
-        raise ValueError(
-            f"{store.path} has {name} {store.spec.spacing:g} and --{name} is {target:g}; one "
-            "store holds one "
-            "resolution, so choose another --out"
-        )
-    spacing = store.spec.spacing if store else target or max(item.spacing for item in items)
-    return StoreSpec(kind[0], spacing, kind[1], kind[2], region)
+        for kind, found in kinds.items()
+        if kind != chosen
+        for item in found
+    ]
 
 
-def _kind_text(kind: tuple[Any, ...]) -> str:
-    return f"{'a slide' if kind[0] == 'um' else 'aerial'}, {' '.join(kind[1])}, {kind[2]}"
-
-
-def _job(item: _Described, spec: StoreSpec, group: str) -> ImageJob:
-    source = item.source
-    with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
-        shape = Resampled(reader, spec.spacing).shape
-    return ImageJob(
-        item.image_id, source, shape, spec.spacing, item.spacing, item.spacing_source, group
+def _mixture(kinds: dict[Kind, list[_Described]]) -> str:
+    counted = "; ".join(
+        f"{_kind_text(kind)}: {', '.join(str(i.source.path) for i in found[:SHOWN_PATHS])}"
+        f"{f' and {len(found) - SHOWN_PATHS} more' if len(found) > SHOWN_PATHS else ''}"
+        for kind, found in kinds.items()
+    )
+    return (
+        f"one store holds one kind, and here are {len(kinds)}: {counted}; ingest each kind "
+        "into a store of its own"
     )
 
 
-def _groups(items: list[_Described]) -> dict[str, str]:
+def _kind_text(kind: Kind) -> str:
+    what = {"um": "a slide", "m": "aerial", "px": "plain"}[kind[0]]
+    return f"{what}, {' '.join(kind[1])}, {kind[2]}"
+
+
+def _common_spec(
+    items: Sequence[_Described], target: float | None, region: int, store: Store | None
+) -> StoreSpec:
+    unit, bands, dtype = items[0].kind
+    if store is not None and target not in (None, store.spec.spacing):
+        name = NAMES[unit]
+        raise ValueError(
+            f"{store.path} has {name} {store.spec.spacing:g} and --{name} is {target:g}; one "
+            "store holds one resolution, so choose another --out"
+        )
+    spacing = store.spec.spacing if store else target or max(i.native.spacing for i in items)
+    kind = cast(Literal["uint8", "uint16"], dtype)
+    return StoreSpec(cast(SpacingUnit, unit), spacing, bands, kind, region)
+
+
+def _job(item: _Described, spec: StoreSpec, group: str, store: Store | None) -> ImageJob:
+    native = item.native
+    try:
+        shape = choose_sampling(native, spec.spacing).shape
+    except FinerThanFileError as error:
+        if store is None:
+            raise
+        name = NAMES[native.unit]
+        raise UnreadableError(
+            f"{native.path} has {name} {native.spacing:g} and {store.path} has "
+            f"{store.spec.spacing:g}, finer than the file, which would invent detail; ingest it "
+            f"with --{name} {native.spacing:g} or more into a store of its own"
+        ) from error
+    return ImageJob(
+        item.image_id,
+        item.source,
+        shape,
+        spec.spacing,
+        native.spacing,
+        item.spacing_source,
+        group,
+    )
+
+
+def _groups(items: Sequence[_Described]) -> dict[str, str]:
     """The group of every image, within which splits are the same: a patient, a quarter-quad, a
     place, or itself.
     """

@@ -26,8 +26,8 @@ from pipeline.coordinate import run_jobs
 from pipeline.ome import MissingShardError
 from pipeline.plan import make_plan
 from pipeline.readers import TileError, UnreadableError, open_reader
-from pipeline.sources import find_sources
 from pipeline.store import Store
+from pipeline.table import find_sources
 from pipeline.work import Outcome
 
 MOST_MEMORY_GIB = 2.0
