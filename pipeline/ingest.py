@@ -46,7 +46,6 @@ class Options:
 
         python -m pipeline.ingest slides/ --out dataset.zarr --region auto
         python -m pipeline.ingest 'naip/m_*.tif' --out naip.zarr --gsd 0.6 --region 1024
-        python -m pipeline.ingest cohort.csv --out cohort.zarr --mpp 1 --cluster slurm --workers 8
         python -m pipeline.ingest faces/ --out faces.zarr --pixels 1 --labels folders --region 1024
 
     The same command again finishes what is missing and repeats nothing.

@@ -49,13 +49,13 @@ def open_reader(
             return SlideReader(path, source_mpp)
         return RasterReader(path, None, source_mpp, source_gsd, plain)
     if header.is_ome:
-        return TiffReader(path, header, source_mpp, source_gsd, plain)
+        return TiffReader(path, True, source_mpp, source_gsd, plain)
     if header.is_geo or header.samples > SLIDE_SAMPLES or source_gsd is not None:
         return RasterReader(path, header, source_mpp, source_gsd, plain)
     if not plain and _is_for_openslide(path, header):
         return SlideReader(path, source_mpp)
     if header.compression in DECODABLE:
-        return TiffReader(path, header, source_mpp, source_gsd, plain)
+        return TiffReader(path, False, source_mpp, source_gsd, plain)
     return RasterReader(path, header, source_mpp, source_gsd, plain)
 
 

@@ -161,11 +161,12 @@ def check_claims(path: Path, page: tifffile.TiffPage) -> None:
             "at once; write it again with tiles of 512 × 512"
         )
     needed = math.prod(page.chunked)
-    if len(page.dataoffsets) < needed:
+    listed = min(len(page.dataoffsets), len(page.databytecounts))
+    if listed < needed:
         raise UnreadableError(
             f"{path} claims {page.imagelength} × {page.imagewidth} pixels, which is {needed} "
             "tiles, and lists "
-            f"{len(page.dataoffsets)}; the header is wrong or the file is cut off"
+            f"{listed}; the header is wrong or the file is cut off"
         )
     ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
     cut = next((i for i, end in enumerate(ends) if end > size), None)

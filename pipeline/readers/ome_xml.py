@@ -130,7 +130,7 @@ def _planes(
             )
         first, page = (int(number(item.get(n, "0"), 0.0)) for n in ("FirstC", "IFD"))
         listed = item.get("PlaneCount", item.get("NumPlanes", "1" if "IFD" in item.attrib else ""))
-        for step in range(min(int(number(listed, count)), count)):
+        for step in range(min(int(number(listed, float(count))), count)):
             pages.setdefault(first + step, page + step)
     if not data:
         pages = {plane: plane for plane in range(count)}

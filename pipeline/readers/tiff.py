@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 from jaxtyping import Bool, UInt
 
-from pipeline.readers.header import TiffHeader, check_claims, tag_spacing
+from pipeline.readers.header import check_claims, tag_spacing
 from pipeline.readers.ome_xml import OmeDescription, describe_ome
 from pipeline.readers.protocol import (
     BANDS,
@@ -45,16 +45,20 @@ class TiffReader:
     def __init__(
         self,
         path: Path,
-        header: TiffHeader,
+        is_ome: bool = False,
         source_mpp: float | None = None,
         source_gsd: float | None = None,
         plain: bool = False,
     ) -> None:
         self.path = path
-        self._is_ome = header.is_ome
+        self._is_ome = is_ome
         self._tiff = tifffile.TiffFile(path)
         try:
-            self._describe(source_mpp, source_gsd, plain)
+            planes, ome = self._describe()
+            self.unit: SpacingUnit
+            self.spacing, self.unit, self.spacing_source = self._find_spacing(
+                planes[0], ome, source_mpp, source_gsd, plain
+            )
         except UnreadableError:
             self.close()
             raise
@@ -65,8 +69,10 @@ class TiffReader:
                 f"{path} is a TIFF of which a page is damaged or cut off "
                 f"({type(error).__name__}: {error}); copy it again"
             ) from error
+        self.mask_kind: MaskKind = "tissue" if self.unit == "um" else "valid"
 
-    def _describe(self, source_mpp: float | None, source_gsd: float | None, plain: bool) -> None:
+    def _describe(self) -> tuple[list[tifffile.TiffPage], OmeDescription | None]:
+        """Find planes and levels; the planes, and what the OME-XML says."""
         first = cast(tifffile.TiffPage, self._tiff.pages.first)
         ome = describe_ome(self.path, first.description) if self._is_ome else None
         planes = [self._page(plane) for plane in (ome.planes if ome else (0,))]
@@ -82,11 +88,7 @@ class TiffReader:
         self.attributes: dict[str, Any] = {}
         if ome is not None and ome.images > 1:
             self.attributes["ome:image"] = ome.image
-        self.unit: SpacingUnit
-        self.spacing, self.unit, self.spacing_source = self._find_spacing(
-            planes[0], ome, source_mpp, source_gsd, plain
-        )
-        self.mask_kind: MaskKind = "tissue" if self.unit == "um" else "valid"
+        return planes, ome
 
     def level_shape(self, level: int) -> tuple[int, int]:
         """(h, w) of `level`."""
