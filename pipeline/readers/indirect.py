@@ -58,22 +58,23 @@ def is_vrt(path: Path) -> bool:
 
 def check_indirect(path: Path) -> None:
     """Raise an `UnreadableError` unless all that the image at `path` names is on this machine."""
-    waiting = [(path, 0)]
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(path, ())]
     seen: set[Path] = set()
     while waiting:
-        item, depth = waiting.pop()
-        if item.resolve() in seen:
-            continue
-        seen.add(item.resolve())
-        _check_sidecars(path, item)
-        if not is_vrt(item):
-            continue
-        if depth == MAX_DEPTH:
+        item, above = waiting.pop()
+        place = item.resolve()
+        if place in above or len(above) > MAX_DEPTH:
+            what = "itself" if place in above else f"VRTs, more than {MAX_DEPTH} deep"
             raise UnreadableError(
-                f"{path} names VRTs that name VRTs, more than {MAX_DEPTH} deep; make one file of "
-                "it (gdal_translate)"
+                f"{path} is a VRT that names VRTs that name {what}; make one file of it "
+                "(gdal_translate)"
             )
-        waiting += [(source, depth + 1) for source in _sources(path, item)]
+        if place in seen:
+            continue
+        seen.add(place)
+        _check_sidecars(path, item)
+        if is_vrt(item):
+            waiting += [(source, (*above, place)) for source in _sources(path, item)]
 
 
 def _check_sidecars(path: Path, item: Path) -> None:
