@@ -25,7 +25,7 @@ def place_attributes(attributes: Mapping[str, Any], scale: float) -> dict[str, A
     return placed
 
 
-def to_source(attributes: Mapping[str, Any], y: float, x: float) -> tuple[float, float]:
+def to_source(attributes: Mapping[str, Any], y: float | int, x: float | int) -> tuple[float, float]:
     """The point of the file, in its level-0 pixels, that is (y, x) in those of an image with
     `attributes`.
     """
@@ -33,7 +33,7 @@ def to_source(attributes: Mapping[str, Any], y: float, x: float) -> tuple[float,
     return top + attributes[SCALE] * y, left + attributes[SCALE] * x
 
 
-def to_world(attributes: Mapping[str, Any], y: float, x: float) -> tuple[float, float]:
+def to_world(attributes: Mapping[str, Any], y: float | int, x: float | int) -> tuple[float, float]:
     """The (y, x) in its coordinate system of a point (y, x) of a georeferenced image."""
     a, b, c, d, e, f = attributes[TRANSFORM]
     return d * x + e * y + f, a * x + b * y + c
