@@ -25,7 +25,9 @@ def place_attributes(attributes: Mapping[str, Any], scale: float) -> dict[str, A
     return placed
 
 
-def to_source(attributes: Mapping[str, Any], y: float | int, x: float | int) -> tuple[float, float]:
+def to_source(
+    attributes: Mapping[str, Any], y: float | int, x: float | int
+) -> tuple[float, float]:
     """The point of the file, in its level-0 pixels, that is (y, x) in those of an image with
     `attributes`.
     """

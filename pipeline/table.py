@@ -133,6 +133,8 @@ def _source(
 ) -> Source:
     if not cells.get("path"):
         raise ValueError(f"{where}: the path is empty; name a file")
+    if "\0" in cells["path"]:
+        raise ValueError(f"{where}: the path holds a NUL byte, as no file's does; name a file")
     if cells.get("split") and cells["split"] not in SPLITS:
         raise ValueError(
             f"{where}: split is {cells['split']!r} and must be one of {', '.join(SPLITS)}"
