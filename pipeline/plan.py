@@ -277,18 +277,22 @@ def _choose_kind(
         count, of = len(wanted[chosen]), sum(map(len, wanted.values()))
         if len(wanted) > 1 and (unit is None or 2 * count <= of):
             raise ValueError(_mixture(wanted))
-        asked = f"--{NAMES[unit]} asks for " if unit is not None else ""
-        why = f"{asked}{_kind_text(chosen)}, as {count} of {len(items)} inputs are"
-    return chosen, [
-        Failure(
-            item.source.path,
-            f"{item.source.path} is {_kind_text(kind)}, and {why}; one store holds one kind, so "
-            "ingest it into a store of its own",
-        )
-        for kind, found in kinds.items()
-        if kind != chosen
-        for item in found
-    ]
+        why = f"{count} of {of} inputs of its unit are {_kind_text(chosen)}"
+    failures = []
+    for kind, found in kinds.items():
+        reason = why
+        if store is None and unit is not None and kind[0] != unit:
+            reason = f"--{NAMES[unit]} asks for images measured by {NAMES[unit]}"
+        failures += [
+            Failure(
+                item.source.path,
+                f"{item.source.path} is {_kind_text(kind)}, and {reason}; one store holds one "
+                "kind, so ingest it into a store of its own",
+            )
+            for item in found
+            if kind != chosen
+        ]
+    return chosen, failures
 
 
 def _mixture(kinds: dict[Kind, list[_Described]]) -> str:

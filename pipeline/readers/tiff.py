@@ -175,8 +175,8 @@ class TiffReader:
                 )
             if page.samplesperpixel != samples or page.imagedepth != 1:
                 raise UnreadableError(
-                    f"{self.path} has {page.samplesperpixel} band(s) of colour and 3 (RGB) are "
-                    "supported, or what an OME-XML or a georeference explains; convert it"
+                    f"{self.path} has {page.samplesperpixel} band(s) of colour and 3 (red, green, "
+                    "blue) are supported; convert it"
                 )
             is_coded = page.photometric == YCBCR and page.compression not in JPEG
             if page.photometric not in colour or is_coded:
