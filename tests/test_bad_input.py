@@ -4,6 +4,7 @@ These files are generated; test_nasty_folder.py does the same with real ones.
 """
 
 import json
+import re
 import subprocess
 import sys
 import zlib
@@ -82,7 +83,30 @@ def generated(folder: Path) -> dict[str, str]:
     tifffile.imwrite(folder / "cut.tif", pixels, **stored, **resolution)
     whole = (folder / "cut.tif").read_bytes()
     (folder / "cut.tif").write_bytes(whole[:-1000])
+    um: dict[str, Any] = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    planes = np.stack([pixels[..., 0]] * 4)
+    stains = {"Channel": {"Name": ["DAPI", "FITC", "Cy3", "Cy5"]}}
+    tifffile.imwrite(folder / "stains.ome.tif", planes, metadata={"axes": "CYX", **stains, **um})
+    tifffile.imwrite(folder / "depth.ome.tif", planes, metadata={"axes": "ZYX", **um})
+    claim = {"tile": (512, 512), "photometric": "rgb", "compression": "jpeg"}
+    picture = folder / "picture.ome.tif"
+    tifffile.imwrite(picture, pixels, metadata={"axes": "YXS", **um}, **claim)
+    lie = bytearray(picture.read_bytes())
+    size = lie.rindex(b"\xff\xc0") + 5
+    lie[size : size + 4] = b"\xff\xff\xff\xff"
+    picture.write_bytes(lie)
+    remote = "<SourceFilename>/vsicurl/http://192.0.2.1/a.tif</SourceFilename>"
+    (folder / "remote.vrt").write_text(
+        f'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand band="1"><SimpleSource>'
+        f"{remote}</SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    (folder / "gone.tif").symlink_to(folder / "nowhere.tif")
     return {
+        "stains.ome.tif": "4 channel(s) (dapi, fitc, cy3, cy5)",
+        "depth.ome.tif": "4 planes in depth",
+        "picture.ome.tif": "its picture claims 65535 × 65535 pixels",
+        "remote.vrt": "points to '/vsicurl/http://192.0.2.1/a.tif'",
+        "gone.tif": "is not a file",
         "empty.ndpi": "0 bytes",
         "text.svs": "is text",
         "random.tif": "data of no known kind",
@@ -128,12 +152,62 @@ def test_generated_bad_files_each_end_in_one_true_sentence(
     assert states.keys() == truths.keys()
     for name, truth in truths.items():
         assert truth in states[name]["reason"] and name in states[name]["reason"]
-    (folder / "good.svs").unlink()
+    for name in ("good.svs", "picture.ome.tif"):  # what only fails when its pixels are read
+        (folder / name).unlink()
+    del truths["picture.ome.tif"], states["picture.ome.tif"]
     assert ingest(folder, "--out", tmp_path / "none.zarr", *options) == 2
     said = capsys.readouterr().err
     assert f"none of {len(truths)} inputs can be used" in said
     assert all(state["reason"] in said for state in states.values())
     assert not (tmp_path / "none.zarr").exists()
+
+
+NAMES = (
+    "..",
+    ".. ..",
+    "..%2F..%2Fescaped",
+    "../" * 3,
+    " spaces  and\ttabs ",
+    "Prälevé № 7 – ß漢字🧬",
+    "-rf *",
+    "a" * 251,
+    "é" * 125,
+    "new\nline",
+    "$(touch gone) `id` ; 'quote\"",
+    "CON",
+)
+
+
+def test_no_name_of_a_file_leads_out_of_the_store(tmp_path: Path) -> None:
+    """Dots, spaces, other alphabets, 255 bytes: each is an image of its own, of a name that is
+    safe, and nothing else comes to be anywhere.
+    """
+    folder, out = tmp_path / "in" / "deep" / "slides", tmp_path / "out" / "o.zarr"
+    folder.mkdir(parents=True)
+    out.parent.mkdir()
+    names = [f"{name.replace('/', '∕')}.tif" for name in NAMES]
+    assert max(len(name.encode()) for name in names) >= 254
+    for i, name in enumerate(names):
+        write_slide(folder / name, draw_slide(270, 280 + i))
+    (folder / "sub").mkdir()
+    write_slide(folder / "sub" / names[-1], draw_slide(270, 279))
+    hidden = [folder / name for name in names if name.startswith(".")]  # only when named
+    assert len(hidden) == 4
+    before = {p for p in tmp_path.rglob("*") if not p.is_relative_to(out)}
+    command = (folder, *hidden, "--out", out, "--region", "auto", "--cluster", "inline")
+    assert ingest(*command) == 0
+    assert {p for p in tmp_path.rglob("*") if not p.is_relative_to(out)} == before
+    states = Store.open(out).image_states()
+    assert {s["state"] for s in states.values()} == {"ok"} and len(states) == len(names) + 1
+    assert sorted(Path(s["source"]).name for s in states.values()) == sorted([*names, names[-1]])
+    for image in states:
+        assert re.fullmatch(r"[A-Za-z0-9_-]{1,57}", image)
+    inside = {p.relative_to(out).parts for p in out.rglob("*")}
+    assert {parts[1] for parts in inside if parts[0] == "images" and len(parts) > 1} == {
+        *states,
+        "zarr.json",
+    }
+    assert ingest(*command) == 0 and Store.open(out).image_states() == states
 
 
 BASE = "base.tif"

@@ -328,6 +328,20 @@ def test_physical_sizes_have_units(
         assert reader.spacing == 1.0
 
 
+@pytest.mark.parametrize(
+    ("unit", "problem"), [("pixel", "does not say its mpp"), ("parsec", "nan × nan .*credible")]
+)
+def test_a_unit_without_a_length_is_no_resolution(tmp_path: Path, unit: str, problem: str) -> None:
+    metadata = {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
+    path = write_ome(
+        tmp_path / "p.ome.tif", texture(64, 80), "YXS", photometric="rgb", metadata=metadata
+    )
+    with pytest.raises(UnreadableError, match=problem):
+        open_reader(path)
+    with open_reader(path, plain=True) as reader:
+        assert (reader.unit, reader.spacing) == ("px", 1.0)
+
+
 OME = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:1">{}</OME>'
 PIXELS = (
     '<Image><Pixels SizeX="{}" SizeY="30" SizeC="{}" SizeZ="{}" SizeT="{}">{}</Pixels></Image>'

@@ -23,6 +23,7 @@ UM_PER = {
     **{"mm": 1e3, "cm": 1e4, "dm": 1e5, "m": 1e6, "in": 25400.0, "mil": 25.4, "pt": 25400 / 72},
 }
 SHORT_NAMES = {"r": "red", "g": "green", "b": "blue", **dict.fromkeys(NIR_NAMES, "nir")}
+NO_LENGTHS = ("pixel", "reference frame")
 SHOWN_NAMES = 6
 
 
@@ -31,8 +32,9 @@ class OmeDescription:
     """The largest image of a file.
 
     planes: the index in the file's chain of pages of each plane, either of one, which holds all
-    colours, or one for each of `bands`. mpp_yx: (y, x) in µm as the file says it, NaN where a unit
-    has no length, None where it says nothing. image, images: its number and how many there are.
+    colours, or one for each of `bands`. mpp_yx: (y, x) in µm as the file says it, NaN for what is
+    no number or unit, None where it says nothing. image, images: its number and how many there
+    are.
     """
 
     height: int
@@ -145,6 +147,8 @@ def _planes(
 
 def _pixel_size(pixels: ElementTree.Element) -> tuple[float, float] | None:
     if not {"PhysicalSizeX", "PhysicalSizeY"} <= pixels.attrib.keys():
+        return None
+    if pixels.get("PhysicalSizeXUnit") in NO_LENGTHS:
         return None
     y, x = (
         number(pixels.get(f"PhysicalSize{axis}", ""))
