@@ -60,6 +60,7 @@ def halved(pixels: np.ndarray, first_axis: int) -> np.ndarray:
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tiles": {"tile": (64, 48)},
+    "big tiles": {"tile": (64, 48), "bigtiff": True},
     "strips": {"rowsperstrip": 7},
     "one strip": {"rowsperstrip": 10_000},
     "planar tiles": {"tile": (48, 64), "planarconfig": "separate"},

@@ -1,5 +1,5 @@
-"""Aerial images and whatever OpenSlide does not read, through rasterio: RGB or RGB and
-near-infrared, 8 or 16 bits.
+"""Aerial images and plain pictures, through rasterio: red, green, blue, near-infrared and more,
+8 or 16 bits.
 
 A file is read in its own pixel space, never warped, and only at full resolution: overviews are
 usually picked, not averaged. A fourth band is near-infrared unless the file says that it is alpha
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ DRIVERS = ("GTiff", "PNG", "JPEG", "JP2OpenJPEG", "HFA", "BMP")
 GDAL_ERRORS = (rasterio.errors.RasterioError, CPLE_BaseError)
 ALPHA_SAMPLE_PX = 512
 ALPHA_PURITY = 0.99
+MAX_BANDS = 16
 
 
 @contextlib.contextmanager
@@ -212,24 +214,30 @@ class RasterReader:
         return None
 
     def _find_bands(self) -> tuple[list[int], tuple[str, ...]]:
-        """The indexes of the bands to read, in the order red, green, blue, near-infrared."""
+        """The indexes of the bands to read and their names: red, green, blue, near-infrared
+        first, as far as the file says which they are, then the others in its order.
+        """
         colour = [i for i in range(1, self._data.count + 1) if i != self._alpha]
-        if len(colour) not in (3, 4) or ColorInterp.palette in self._data.colorinterp:
+        if not 3 <= len(colour) <= MAX_BANDS or ColorInterp.palette in self._data.colorinterp:
             raise UnreadableError(
-                f"{self.path} has {len(colour)} band(s) of colour and 3 (RGB) or 4 (RGB and "
-                "near-infrared) are "
-                "supported; choose bands with gdal_translate -b"
+                f"{self.path} has {len(colour)} band(s) of colour and 3 (RGB), 4 (RGB and "
+                f"near-infrared) or more up to {MAX_BANDS} are supported; choose bands with "
+                "gdal_translate -b"
             )
-        names = BANDS[: len(colour)]
         words = {i: (self._data.descriptions[i - 1] or "").strip().lower() for i in colour}
         described = {"nir" if word in NIR_NAMES else word: i for i, word in words.items()}
-        by_meaning = {self._data.colorinterp[i - 1].name: i for i in colour}
-        if all(name in described for name in names):
-            return [described[name] for name in names], names
-        if all(name in by_meaning for name in names[:3]):
-            first = [by_meaning[name] for name in names[:3]]
-            return first + [i for i in colour if i not in first], names
-        return colour, names
+        meant = {self._data.colorinterp[i - 1].name: i for i in colour}
+        found = next((d for d in (described, meant) if d.keys() >= set(BANDS[:3])), {})
+        if not found and len(colour) <= len(BANDS):
+            found = dict(zip(BANDS, colour, strict=False))
+        first = [found[name] for name in BANDS if name in found]
+        rest = [i for i in colour if i not in first]
+        names = [name for name in BANDS if name in found]
+        if len(colour) == len(BANDS) and names == list(BANDS[:3]):
+            return first + rest, BANDS
+        others = [re.sub(r"[^a-z0-9]+", "-", words[i]).strip("-") or f"band{i}" for i in rest]
+        unique = len({*names, *others}) == len(colour)
+        return first + rest, (*names, *(others if unique else (f"band{i}" for i in rest)))
 
     def _find_spacing(
         self, header: TiffHeader | None, source_mpp: float | None, source_gsd: float | None
@@ -241,7 +249,7 @@ class RasterReader:
             return checked_spacing(path, (source_gsd, source_gsd), "m", "given"), "m", "given"
         if data.crs is None and data.transform.is_identity:
             mpp, source = (header.mpp_yx, header.mpp_source) if header else (None, "")
-            if mpp is None and "nir" in self.bands:
+            if mpp is None and len(self.bands) > 3:
                 return checked_spacing(path, None, "m", source), "m", source
             return checked_spacing(path, mpp, "um", source), "um", source
         if data.crs is None or data.transform.is_identity:
