@@ -1,40 +1,29 @@
 """What an ingest will do, decided before anything is written.
 
-Every input is opened and described. What cannot be used is set aside with its reason; the rest
-must be of one kind, which is one unit, one band list and one type, and get one target resolution:
-the one asked for, the store's, or the coarsest native one, which is the finest that every input
-can deliver. The kind is the store's where there is one; otherwise the unit that was asked for
-(--mpp, --gsd, --pixels), and in it what more than half of the files are. Then the others are set
-aside too, one by one. Where nobody asked and files are of several kinds, nothing is guessed.
+Every input is opened and described (`pipeline.look`). What cannot be used is set aside with its
+reason; the rest is of one kind and gets one target resolution: the one asked for, the store's, or
+the coarsest native one, which is the finest that every input can deliver.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast
 
-from pipeline.console import progress, size
+from pipeline.console import size
+from pipeline.look import Described, Failure, choose_kind, describe_all, groups_of
 from pipeline.ome import SHARD_PX
-from pipeline.readers import Reader, UnreadableError
+from pipeline.readers import UnreadableError
 from pipeline.readers.protocol import NAMES, SIGNS, SpacingUnit
-from pipeline.resample import SAME_SPACING, FinerThanFileError, Native, choose_sampling
-from pipeline.sources import Labels, Source, content_of, image_id
+from pipeline.resample import SAME_SPACING, FinerThanFileError, choose_sampling
+from pipeline.sources import Labels, Source
 from pipeline.store import Store, StoreSpec
 from pipeline.table import find_sources
 
-QUARTER_QUAD = re.compile(r"m_(\d{7}_(?:ne|nw|se|sw))_", re.IGNORECASE)
 PYRAMID_FACTOR = 4 / 3
-# Coordinate system, y and x of the centre, side: in the units of the coordinate system.
-Place = tuple[str, float, float, float]
 WORKER_BASE_BYTES = 300_000_000
 SHARD_COPIES = 5
-SHOWN_PATHS = 3
 
 
 @dataclass(frozen=True)
@@ -50,20 +39,6 @@ class ImageJob:
     native_spacing: float
     spacing_source: str
     group: str
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An input that cannot be used."""
-
-    path: Path
-    reason: str
-
-    @property
-    def image_id(self) -> str:
-        """A name for the record, from the path, since there may be no content."""
-        digest = hashlib.blake2b(str(self.path).encode(), digest_size=5).hexdigest()
-        return f"unusable-{digest}"
 
 
 @dataclass(frozen=True)
@@ -86,21 +61,6 @@ class Plan:
         return WORKER_BASE_BYTES + SHARD_COPIES * self.shard_bytes
 
 
-Kind = tuple[str, tuple[str, ...], str]  # unit, bands, type
-
-
-@dataclass(frozen=True)
-class _Described:
-    """What a reader says about a source."""
-
-    image_id: str
-    source: Source
-    native: Native
-    spacing_source: str
-    kind: Kind
-    place: Place | None
-
-
 def make_plan(
     inputs: Sequence[str],
     target: float | None,
@@ -119,10 +79,10 @@ def make_plan(
     """
     plain = unit == "px" or (store is not None and store.spec.unit == "px")
     sources = find_sources(inputs, source_mpp, source_gsd, plain, labels)
-    described, failures, notes = _describe_all(sources, store)
+    described, failures, notes = describe_all(sources, store)
     if not described:
         raise ValueError(_nothing_usable(failures))
-    kind, others = _choose_kind(described, unit, store)
+    kind, others = choose_kind(described, unit, store)
     failures += others
     items = [item for item in described if item.kind == kind]
     if not items:
@@ -130,7 +90,7 @@ def make_plan(
     spec = _common_spec(items, target, region, store)
     if store is None and target is None:
         notes.append(_target_note(items, spec))
-    groups = _groups(items)
+    groups = groups_of(items)
     jobs = []
     for item in items:
         try:
@@ -142,48 +102,6 @@ def make_plan(
     return Plan(spec, tuple(jobs), tuple(failures), tuple(notes))
 
 
-def _describe_all(
-    sources: Sequence[Source], store: Store | None
-) -> tuple[list[_Described], list[Failure], list[str]]:
-    """What the readers say of each content, the sources that have no reader, and which contents
-    came twice.
-    """
-    notes: list[str] = []
-    described: dict[str, _Described] = {}
-    known = {content_of(name): name for name in store.image_states()} if store else {}
-    failures: list[Failure] = []
-    for source in progress(sources, total=len(sources), desc="looking at inputs"):
-        try:
-            if not source.path.is_file():
-                raise UnreadableError(f"{source.path} is not a file; check the path")
-            name = image_id(source.path)
-            name = known.setdefault(content_of(name), name)
-            if name in described:
-                notes.append(_same_content(source, described[name].source))
-                continue
-            with source.open() as reader:
-                described[name] = _describe(name, source, reader)
-        except UnreadableError as error:
-            failures.append(Failure(source.path, str(error)))
-        except OSError as error:
-            reason = f"{source.path} cannot be read: {error.strerror or error}"
-            failures.append(Failure(source.path, reason))
-    return list(described.values()), failures, notes
-
-
-def _same_content(source: Source, first: Source) -> str:
-    """A note that two sources are one image, and what of the second is not used."""
-    unused = [
-        f"{key} {getattr(source, key)}"
-        for key in ("patient", "split", "label")
-        if getattr(source, key) not in (None, getattr(first, key))
-    ]
-    return (
-        f"{source.path} has the same content as {first.path} and is one image with it"
-        f"{f', so that its {unused[0]} is not used' if unused else ''}"
-    )
-
-
 def _nothing_usable(failures: Sequence[Failure]) -> str:
     if len(failures) == 1:
         return failures[0].reason
@@ -191,7 +109,7 @@ def _nothing_usable(failures: Sequence[Failure]) -> str:
     return f"none of {len(failures)} inputs can be used:{reasons}"
 
 
-def _target_note(items: Sequence[_Described], spec: StoreSpec) -> str:
+def _target_note(items: Sequence[Described], spec: StoreSpec) -> str:
     """Which resolution is the target where nobody named one, and what that does to the others."""
     coarsest = max(items, key=lambda item: item.native.spacing)
     finer = sum(item.native.spacing < spec.spacing * (1 - SAME_SPACING) for item in items)
@@ -236,84 +154,8 @@ def needed_bytes(jobs: Sequence[ImageJob], spec: StoreSpec) -> int:
     return int(sum(j.shape[0] * j.shape[1] * j.shape[2] for j in jobs) * depth * PYRAMID_FACTOR)
 
 
-def _describe(name: str, source: Source, reader: Reader) -> _Described:
-    place = None
-    transform: list[float] | None = reader.attributes.get("spatial:transform")
-    if transform:
-        a, b, c, d, e, f = transform
-        y, x = reader.shape[1] / 2, reader.shape[2] / 2
-        size = (abs(a) + abs(b)) * min(reader.shape[1:])
-        code = str(reader.attributes.get("proj:code", reader.attributes.get("proj:wkt2")))
-        place = (code, d * x + e * y + f, a * x + b * y + c, size)
-    return _Described(
-        name,
-        source,
-        Native.of(reader),
-        reader.spacing_source,
-        (reader.unit, reader.bands, reader.dtype),
-        place,
-    )
-
-
-def _choose_kind(
-    items: Sequence[_Described], unit: str | None, store: Store | None
-) -> tuple[Kind, list[Failure]]:
-    """The kind of the store, and why files of other kinds do not fit into it."""
-    kinds: dict[Kind, list[_Described]] = {}
-    for item in items:
-        kinds.setdefault(item.kind, []).append(item)
-    wanted = {kind: found for kind, found in kinds.items() if unit in (None, kind[0])}
-    if not wanted:
-        first = items[0]
-        raise ValueError(
-            f"--{NAMES[unit or '']} is given and {first.source.path} is measured by "
-            f"{NAMES[first.kind[0]]}; give --{NAMES[first.kind[0]]}"
-        )
-    if store is not None:
-        chosen: Kind = (store.spec.unit, store.spec.bands, store.spec.dtype)
-        why = f"{store.path} holds {_kind_text(chosen)}"
-    else:
-        chosen = max(wanted, key=lambda kind: len(wanted[kind]))
-        count, of = len(wanted[chosen]), sum(map(len, wanted.values()))
-        if len(wanted) > 1 and (unit is None or 2 * count <= of):
-            raise ValueError(_mixture(wanted))
-        why = f"{count} of {of} inputs of its unit are {_kind_text(chosen)}"
-    failures = []
-    for kind, found in kinds.items():
-        reason = why
-        if store is None and unit is not None and kind[0] != unit:
-            reason = f"--{NAMES[unit]} asks for images measured by {NAMES[unit]}"
-        failures += [
-            Failure(
-                item.source.path,
-                f"{item.source.path} is {_kind_text(kind)}, and {reason}; one store holds one "
-                "kind, so ingest it into a store of its own",
-            )
-            for item in found
-            if kind != chosen
-        ]
-    return chosen, failures
-
-
-def _mixture(kinds: dict[Kind, list[_Described]]) -> str:
-    counted = "; ".join(
-        f"{_kind_text(kind)}: {', '.join(str(i.source.path) for i in found[:SHOWN_PATHS])}"
-        f"{f' and {len(found) - SHOWN_PATHS} more' if len(found) > SHOWN_PATHS else ''}"
-        for kind, found in kinds.items()
-    )
-    return (
-        f"one store holds one kind, and here are {len(kinds)}: {counted}; ingest each kind "
-        "into a store of its own"
-    )
-
-
-def _kind_text(kind: Kind) -> str:
-    what = {"um": "a slide", "m": "aerial", "px": "plain"}[kind[0]]
-    return f"{what}, {' '.join(kind[1])}, {kind[2]}"
-
-
 def _common_spec(
-    items: Sequence[_Described], target: float | None, region: int, store: Store | None
+    items: Sequence[Described], target: float | None, region: int, store: Store | None
 ) -> StoreSpec:
     unit, bands, dtype = items[0].kind
     if store is not None and target not in (None, store.spec.spacing):
@@ -327,7 +169,7 @@ def _common_spec(
     return StoreSpec(cast(SpacingUnit, unit), spacing, bands, kind, region)
 
 
-def _job(item: _Described, spec: StoreSpec, group: str, store: Store | None) -> ImageJob:
+def _job(item: Described, spec: StoreSpec, group: str, store: Store | None) -> ImageJob:
     native = item.native
     try:
         shape = choose_sampling(native, spec.spacing).shape
@@ -349,40 +191,3 @@ def _job(item: _Described, spec: StoreSpec, group: str, store: Store | None) -> 
         item.spacing_source,
         group,
     )
-
-
-def _groups(items: Sequence[_Described]) -> dict[str, str]:
-    """The group of every image, within which splits are the same: a patient, a quarter-quad, a
-    place, or itself.
-    """
-    groups: dict[str, str] = {}
-    places: dict[tuple[str, int, int], list[tuple[Place, str]]] = {}
-    for item in sorted(items, key=lambda i: i.image_id):
-        quad = QUARTER_QUAD.search(item.source.path.name)
-        if item.source.patient:
-            groups[item.image_id] = f"patient {item.source.patient}"
-        elif quad:
-            groups[item.image_id] = f"quarter-quad {quad[1].lower()}"
-        elif item.place:
-            code, y, x, side = item.place
-            row, column = math.floor(y / side), math.floor(x / side)
-            near = (
-                group
-                for i, j in itertools.product((-1, 0, 1), repeat=2)
-                for place, group in places.get((code, row + i, column + j), ())
-                if _same_place(place, item.place)
-            )
-            groups[item.image_id] = next(near, f"place {item.image_id}")
-            entry = (item.place, groups[item.image_id])
-            places.setdefault((code, row, column), []).append(entry)
-        else:
-            groups[item.image_id] = item.image_id
-    return groups
-
-
-def _same_place(a: Place, b: Place) -> bool:
-    """Whether two images of one coordinate system have their centres within half of the smaller
-    one's side.
-    """
-    reach = min(a[3], b[3]) / 2
-    return a[0] == b[0] and abs(a[1] - b[1]) < reach and abs(a[2] - b[2]) < reach
