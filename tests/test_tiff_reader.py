@@ -139,6 +139,36 @@ def test_a_pyramid_is_read_level_by_level(
         assert (target.level, target.factor, target.scale) == (level, 1.0, 2**level)
 
 
+@pytest.mark.parametrize("how", ["ome", "plain", "openslide"])
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("is_average", [True, False])
+@pytest.mark.parametrize("codec", ["zlib", "jpeg"])
+def test_levels_of_picked_pixels_are_not_used(
+    tmp_path: Path, how: str, step: int, is_average: bool, codec: str
+) -> None:
+    """Also beside lossy compression, and where most of the image is glass."""
+    rng = np.random.default_rng(0)
+    pixels = np.full((640, 960, 3), 243, np.uint8)
+    grain = rng.integers(60, 200, (320, 360, 3), np.uint8)
+    pixels[:640, :720] = grain.repeat(2, axis=0).repeat(2, axis=1)
+    means = pixels.reshape(640 // step, step, 960 // step, step, 3).mean(axis=(1, 3))
+    level = means.round().astype(np.uint8) if is_average else pixels[::step, ::step].copy()
+    if step == 2:  # a grain of two pixels at that phase is its own mean
+        pixels = np.roll(pixels, 1, axis=(0, 1))
+        means = pixels.reshape(320, 2, 480, 2, 3).mean(axis=(1, 3))
+        level = means.round().astype(np.uint8) if is_average else pixels[::2, ::2].copy()
+    layout: dict[str, Any] = {"photometric": "rgb", "compression": codec, "tile": (128, 128)}
+    layout |= {"compressionargs": {"level": 92}} if codec == "jpeg" else {}
+    path = tmp_path / ("p.ome.tif" if how == "ome" else "p.tif")
+    with tifffile.TiffWriter(path, ome=how == "ome") as tiff:
+        extra = {"metadata": {"axes": "YXS", **UM}, "subifds": 1} if how == "ome" else RESOLUTION
+        tiff.write(pixels, **({"metadata": None} | extra), **layout)
+        tiff.write(level, subfiletype=1, metadata=None, **layout)
+    made = TiffReader if how != "openslide" else SlideReader
+    with made(path, True) if how == "ome" else made(path) as reader:
+        assert reader.downsamples == ((1, step) if is_average else (1,))
+
+
 def test_levels_that_are_none_of_the_image_are_not_offered(tmp_path: Path) -> None:
     """A level larger than the first, of another type, or of sides that fit no whole number."""
     path = tmp_path / "p.ome.tif"

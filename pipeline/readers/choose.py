@@ -18,11 +18,10 @@ from pipeline.readers.header import TiffHeader, read_tiff_header
 from pipeline.readers.protocol import Reader, UnreadableError
 from pipeline.readers.raster import RasterReader
 from pipeline.readers.segments import DECODABLE
-from pipeline.readers.slide import SlideReader
+from pipeline.readers.slide import GENERIC, SlideReader
 from pipeline.readers.tiff import TiffReader
 
 SLIDE_SAMPLES, SLIDE_BITS = 3, 8
-GENERIC = "generic-tiff"
 OPENSLIDE_COMPRESSIONS = (1, 5, 7, 8, 32946, 32773, 50000)
 
 

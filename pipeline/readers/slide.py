@@ -21,9 +21,11 @@ import numpy as np
 import openslide
 from jaxtyping import Bool, UInt, UInt8
 
+from pipeline.readers.levels import is_picked
 from pipeline.readers.protocol import (
     MaskKind,
     SpacingUnit,
+    TileError,
     UnreadableError,
     check_box,
     checked_spacing,
@@ -33,6 +35,7 @@ from pipeline.readers.protocol import (
 
 STRIP_PX = 1024
 OPAQUE = 255
+GENERIC = "generic-tiff"  # written by anyone; scanners average
 STATED_MPP = ("aperio.MPP",)  # what OpenSlide drops where it is no number
 MAX_ALIGNMENT_PX = 64  # levels that are coarser and not whole at the corner are left out
 
@@ -75,6 +78,13 @@ class SlideReader:
         colour = self._slide.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
         self.spacing, self.spacing_source = self._find_spacing(source_mpp)
+        vendor = self._slide.properties.get(openslide.PROPERTY_NAME_VENDOR)
+        if (
+            vendor == GENERIC
+            and len(self.downsamples) > 1
+            and is_picked(self.read, self.level_shape(1), self.downsamples[1], TileError)
+        ):
+            self.downsamples = (1,)
 
     def level_shape(self, level: int) -> tuple[int, int]:
         """(h, w) of `level`, of its whole pixels."""

@@ -4,7 +4,8 @@ An OME-TIFF describes itself (`pipeline.readers.ome_xml`); of a plain TIFF the f
 image, and a second one of the same size makes it a stack, which is refused. Coarser levels come
 from the page's SubIFDs, and in a plain TIFF from reduced pages that follow; a level is offered
 where its sides are those of level 0 over a whole number, rounded down or up, and only its whole
-pixels are. Tiles that the file does not hold were never scanned and come back white.
+pixels are; none where levels were picked instead of averaged (`pipeline.readers.levels`). Tiles
+that the file does not hold were never scanned and come back white.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import tifffile
 from jaxtyping import Bool, UInt
 
 from pipeline.readers.header import check_claims, tag_spacing
+from pipeline.readers.levels import is_picked
 from pipeline.readers.ome_xml import OmeDescription, describe_ome
 from pipeline.readers.protocol import (
     BANDS,
     MaskKind,
     SpacingUnit,
+    TileError,
     UnreadableError,
     check_box,
     checked_spacing,
@@ -85,6 +88,10 @@ class TiffReader:
         levels = self._find_levels(planes)
         self.downsamples = tuple(sorted(levels))
         self._levels = [[Page(page) for page in levels[d]] for d in self.downsamples]
+        if len(levels) > 1:
+            step = self.downsamples[1]
+            if is_picked(self.read, self.level_shape(1), step, (TileError, ValueError)):
+                self.downsamples = (1,)
         self.attributes: dict[str, Any] = {}
         if ome is not None and ome.images > 1:
             self.attributes["ome:image"] = ome.image
