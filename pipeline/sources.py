@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -150,5 +150,11 @@ def _parts(path: Path) -> Iterator[Path]:
 
 
 def one_of_each(sources: Sequence[Source]) -> list[Source]:
-    """`sources` without a file that was named before with the same words."""
-    return list({(source.path.absolute(), source): source for source in sources}.values())
+    """`sources` without a file that was named before with the same words, and of the DICOM files
+    of one slide, which a shell names one by one, only the largest.
+    """
+    kept = set(join_series([source.path for source in sources]))
+    named: dict[Source, Source] = {}
+    for source in sources:
+        named.setdefault(replace(source, path=source.path.absolute()), source)
+    return [source for source in named.values() if source.path in kept]

@@ -15,6 +15,7 @@ from pipeline.readers import UnreadableError, open_reader
 from pipeline.readers.slide import SlideReader
 from pipeline.sources import find_files
 from pipeline.store import Store
+from pipeline.table import find_sources
 
 AREAS = ((300, 200, (256, 384)), (700, 704, (128, 256)))
 GLASS = (1600, 1920)
@@ -129,6 +130,8 @@ def test_the_files_of_one_dicom_series_are_one_slide_named_by_the_largest(tmp_pa
     assert find_files(str(folder)) == [first[0], second[0]]
     assert find_files(str(folder / "*.dcm")) == [first[0], second[0]]
     assert find_files(str(second[1])) == [second[1]]
+    named = find_sources([str(path) for path in (*second, *first)], None, None)
+    assert [source.path for source in named] == [second[0], first[0]]  # as a shell names them
     bare = first[0].rename(folder / "IM1")
     assert find_files(str(folder)) == [second[0], bare]
     (folder / "cut.dcm").write_bytes(bare.read_bytes()[:300])

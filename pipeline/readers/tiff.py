@@ -110,6 +110,8 @@ class TiffReader:
 
         def read_box(*box: int) -> np.ndarray:
             y, x, height, width = box
+            if len(self._levels[level]) == 1:
+                return self._levels[level][0].read(y, x, height, width, white)
             pixels = np.empty((len(self.bands), height, width), self.dtype)
             done = 0
             for page in self._levels[level]:
