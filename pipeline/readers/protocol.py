@@ -49,10 +49,12 @@ class Reader(Protocol):
 
     path: the file. shape: (c, h, w) of level 0. dtype: uint8 or uint16. bands: their names in the
     order in which `read` returns them. unit, spacing: the side of a level-0 pixel in µm ("um",
-    slides) or m ("m", aerial), None where the file does not say it and nobody else does.
-    spacing_source: where the spacing comes from, for people. mask_kind: whether what is worth
-    learning from is found by looking for tissue or is the file's valid data. downsamples: whole
-    numbers, 1 first, rising. attributes: what else is worth keeping (georeference).
+    slides), m ("m", aerial) or pixels ("px", plain pictures, where it is 1); a file that does not
+    say it, where nobody else does, has no reader. spacing_source: where the spacing comes from,
+    for people. mask_kind: whether what is worth learning from is found by looking for tissue or is
+    the file's valid data. downsamples: whole numbers, 1 first, rising. attributes: what else is
+    worth keeping: georeference, and where in its file a slide's scanned part begins
+    (`pipeline.places`).
     """
 
     path: Path
