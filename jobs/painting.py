@@ -35,8 +35,8 @@ class Recipe:
     """What decides a painting, given the denoiser and the condition.
 
     height, width: cells of the field (pixels at scale 1). steps: evaluations of the denoiser;
-    guidance counts each twice. level: of the field's cells. overlap: of the windows of patch
-    diffusion. eta: of the solver ddim, where it adds noise.
+    guidance counts each twice. level: of the field's cells, below 0 finer than the training's.
+    overlap: of the windows of patch diffusion. eta: of the solver ddim, where it adds noise.
     """
 
     height: int
@@ -98,7 +98,7 @@ def paint(
     if not sigma_px:
         return painted
     # What was painted stays as it is, so that a killed command can do this again.
-    deconvolve(painted, other, WienerInverse(sigma_px))
+    deconvolve(painted, other, WienerInverse(sigma_px * 2.0**-recipe.level))
     return other
 
 

@@ -44,10 +44,14 @@ def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> 
         assert isinstance(draw, PointDraw)
         kept = torch.ones(1, dtype=torch.bool, device=device)
         condition = replace(condition, vector=denoiser.encode(draw.to(device)), keep_vector=kept)
-    density = config.packs.points / config.packs.side_px**2
     recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=level)
     painter = make_painter(
-        denoiser, condition, guidance=1.0, tile=side, level=level, density=density
+        denoiser,
+        condition,
+        guidance=1.0,
+        tile=side,
+        level=level,
+        sampling=config.packs.sampling(),
     )
     painted = config.statistics.to_pixels(
         paint(denoiser, painter, recipe).array.transpose(1, 2, 0)

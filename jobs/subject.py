@@ -53,7 +53,7 @@ class Subject(Protocol):
         """As a batch of one."""
         ...
 
-    def place(self, scale: int) -> dict[str, Any]:
+    def place(self, scale: float) -> dict[str, Any]:
         """Where the image lies on the ground, if its pixels are `scale` times as large."""
         ...
 
@@ -105,7 +105,7 @@ class RegionSubject:
         condition = to_condition([lattices], self.config.token_scale(), [True])
         return with_labels(condition, self.config.packs.classes, [self.painted_label], [True])
 
-    def place(self, scale: int) -> dict[str, Any]:
+    def place(self, scale: float) -> dict[str, Any]:
         attributes = self.store.image(self.region.image).attributes
         if "spatial:transform" not in attributes:
             return {}
@@ -158,7 +158,7 @@ class DrawnSubject:
         z = normalised(self.latents.sample(1, self.seed, LATENT_STEPS))
         return replace(condition, vector=z, keep_vector=torch.tensor([True]))
 
-    def place(self, scale: int) -> dict[str, Any]:
+    def place(self, scale: float) -> dict[str, Any]:
         return {}
 
     def in_words(self) -> str:

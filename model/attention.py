@@ -129,6 +129,11 @@ class TokenEncoder(nn.Module):
         """Features of all tokens with their places, those without a place last, and of the finest
         lattice without (its place is its index).
         """
+        if condition.values.shape[-1] != self.content.in_features:
+            raise ValueError(
+                f"tokens of {condition.values.shape[-1]} numbers were given to a model that takes "
+                f"{self.content.in_features}; embed with the encoder that it was trained with"
+            )
         keep = condition.keep[:, None, None]
         content = torch.where(keep, self.content(condition.values), self.null)
         places = fourier(condition.centres_px, self.POSITION_WIDTH, self.POSITION_PERIOD_PX)

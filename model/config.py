@@ -83,7 +83,14 @@ class PyramidConfig:
         return 1024 if on_gpu else 256
 
     def overlap(self, asked: float | None, height_px: int, width_px: int, level: int) -> None:
-        """Ours has no windows to overlap; a `ValueError` where an overlap is asked for."""
+        """Ours has no windows to overlap; a `ValueError` where an overlap is asked for, or a
+        resolution that was not trained on.
+        """
+        if level < 0:
+            raise ValueError(
+                "the pyramid was trained down to the pixel and knows nothing finer; leave --scale "
+                "at 1 or below, or train sparse operators with mollified noise (--preset paper)"
+            )
         if asked is not None:
             raise ValueError(
                 f"an overlap of {asked:g} was asked for, but only patch diffusion paints in "

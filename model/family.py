@@ -9,6 +9,7 @@ from model.attention import Condition
 from model.baselines import PatchDenoiser, PatchObjective, PatchPainter
 from model.config import PUBLISHED_OVERLAP, DenoiserConfig, PyramidConfig
 from model.denoiser import PyramidDenoiser
+from model.design import EVERY_PIXEL, Sampling
 from model.generate import Painter
 from model.noise import Noise, NoiseTree
 from model.objective import PyramidObjective
@@ -76,16 +77,16 @@ def make_painter(
     tile: int,
     level: int,
     overlap: float | None = None,
-    density: float = 1.0,
+    sampling: Sampling = EVERY_PIXEL,
 ) -> Painter | SparsePainter | PatchPainter:
     """A denoiser with a condition, ready to be evaluated over fields of `level`.
 
-    overlap: of the windows of patch diffusion, where it is not the published one. density: points
-    a pixel of the draws that sparse operators were trained on.
+    overlap: of the windows of patch diffusion, where it is not the published one. sampling:
+    of the images that sparse operators were trained on.
     """
     if isinstance(denoiser, PyramidDenoiser):
         return Painter(denoiser, condition, guidance, tile, level)
     if isinstance(denoiser, SparseOperatorDenoiser):
-        return SparsePainter(denoiser, condition, guidance, tile, density)
+        return SparsePainter(denoiser, condition, guidance, tile, sampling, level)
     window = PUBLISHED_OVERLAP if overlap is None else overlap
     return PatchPainter(denoiser, condition, guidance, tile, window)

@@ -2,9 +2,9 @@
 
 An image is a function u observed through its area means over *cells*. A cell (level, y, x) is the
 square of 2^level x 2^level pixels whose corner is pixel (y 2^level, x 2^level); level 0 is the
-pixel itself. The random pixels of a training draw are cells of level 0, a thumbnail is all cells
-of one level, a window is a rectangle of cells. A cell's four children tile it, so the mean over a
-cell is the mean of the means over its children.
+pixel itself, and levels below 0 are parts of it, -1 its quarters. The random pixels of a training
+draw are cells of level 0, a thumbnail is all cells of one level, a window is a rectangle of cells.
+A cell's four children tile it, so the mean over a cell is the mean of the means over its children.
 
 Nothing here needs torch, so that ingest and packing use it on machines without it.
 """
@@ -27,17 +27,12 @@ class Box:
     width: int
 
     def __post_init__(self) -> None:
-        if self.level < 0 or self.height < 1 or self.width < 1:
-            raise ValueError(f"a box needs level >= 0 and at least one cell, but got {self}")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"a box needs at least one cell, but got {self}")
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.height, self.width
-
-    @property
-    def cell_px(self) -> int:
-        """Side of one cell in pixels."""
-        return 1 << self.level
 
     def grow(self, cells: int) -> "Box":
         """The box with `cells` more cells on every side."""
@@ -79,6 +74,11 @@ class Box:
         y, x = max(self.y, 0), max(self.x, 0)
         bottom, right = min(self.y + self.height, height), min(self.x + self.width, width)
         return Box(self.level, y, x, bottom - y, right - x)
+
+
+def at_level(length_px: int, level: int) -> int:
+    """How many cells of a level, 0 or above or below, a row of pixels has."""
+    return -(-length_px >> level) if level >= 0 else length_px << -level
 
 
 def tiles(height: int, width: int, tile: int, *, level: int = 0) -> Iterator[Box]:

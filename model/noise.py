@@ -75,7 +75,9 @@ class NoiseTree:
     """The field: means over cells, by recursion from the top of the tree.
 
     Counters are (y, x, 256 channel + level, stream): innovations are keyed by their own level and
-    place, the children of a cell by the cell's place and their level, which is finer.
+    place, the children of a cell by the cell's place and their level, which is finer. The tree
+    goes on below the pixel, where the level counts modulo 256: white noise has means of variance
+    4^-level at any.
 
     Every method takes a batch of seeds, one field each. Values are float64 inside and float32
     outside.
@@ -84,6 +86,13 @@ class NoiseTree:
     spectrum: NoiseSpectrum
     channels: int
     stream: int = 0
+
+    def __post_init__(self) -> None:
+        if self.spectrum.mollifier_sigma_px:
+            raise ValueError(
+                "a noise tree's leaves are not mollified, but its spectrum is that of noise "
+                f"mollified by {self.spectrum.mollifier_sigma_px:g} px; use MollifiedNoise"
+            )
 
     def on_stream(self, stream: int) -> "NoiseTree":
         return replace(self, stream=stream)
@@ -101,7 +110,7 @@ class NoiseTree:
         shape = torch.broadcast_shapes(seeds.shape, y.shape, x.shape)
         shape = torch.Size((shape[0], self.channels, *shape[1:]))
         channel = torch.arange(self.channels, device=seeds.device)
-        place = channel.view(-1, *(1 for _ in shape[2:])) * 256 + level
+        place = channel.view(-1, *(1 for _ in shape[2:])) * 256 + level % 256
         counter = (
             (y & MASK).unsqueeze(1).expand(shape),
             (x & MASK).unsqueeze(1).expand(shape),

@@ -6,7 +6,7 @@ int64, so that images beyond 2^31 pixels have them too. Features of points are (
 the same order; nothing that a model computes may depend on that order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -18,7 +18,9 @@ class Points:
     """Cells of a batch of images, checked once.
 
     image: which image of the batch. level, y, x: the cell; y and x are counted in cells of its own
-    level. sizes_px: (height, width) of every image.
+    level. sizes_px: (height, width) of every image. resolution: where an image is painted finer or
+    coarser than what was trained on, its pixel is 2^-resolution of the training's; levels, sizes
+    and coordinates are the image's own.
     """
 
     image: Int64[Tensor, " n"]
@@ -26,6 +28,7 @@ class Points:
     y: Int64[Tensor, " n"]
     x: Int64[Tensor, " n"]
     sizes_px: Int64[Tensor, "b 2"]
+    resolution: int = 0
 
     def __post_init__(self) -> None:
         if len(self.sizes_px) == 0 or bool((self.sizes_px < 1).any()):
@@ -71,8 +74,8 @@ class Points:
         return (self.y >= 0) & (self.x >= 0) & (self.y <= last[:, 0]) & (self.x <= last[:, 1])
 
     def centres_px(self) -> Float[Tensor, "n 2"]:
-        """(y, x) of the cells' centres in pixels of level 0, float64."""
-        side = torch.pow(2.0, self.level.double())
+        """(y, x) of the cells' centres in pixels of the training, float64."""
+        side = torch.pow(2.0, self.level.double() - self.resolution)
         return (torch.stack([self.y, self.x], dim=-1).double() + 0.5) * side[:, None]
 
     def counts(self) -> Int64[Tensor, " b"]:
@@ -81,18 +84,12 @@ class Points:
 
     def take(self, index: Int64[Tensor, " m"] | Bool[Tensor, " n"]) -> "Points":
         """Some of the points, or all in another order."""
-        return Points(
-            self.image[index], self.level[index], self.y[index], self.x[index], self.sizes_px
-        )
+        parts = {name: getattr(self, name)[index] for name in ("image", "level", "y", "x")}
+        return replace(self, **parts)
 
     def to(self, device: torch.device) -> "Points":
-        return Points(
-            self.image.to(device),
-            self.level.to(device),
-            self.y.to(device),
-            self.x.to(device),
-            self.sizes_px.to(device),
-        )
+        names = ("image", "level", "y", "x", "sizes_px")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def full_lattice(height_px: int, width_px: int, batch: int = 1, level: int = 0) -> Points:

@@ -3,6 +3,7 @@
 The lattice of level L has one cell of 2^L px a side for every 2^L px of an image, the last ones
 sticking out where it does not divide. A batch shares one lattice, as large as its largest image
 needs; cells outside an image are absent and hold zero. Tensors over a lattice are channels-last.
+Levels of lattices are the training's: an image of another resolution has the same lattice.
 
 Down: `nearest_points` takes the papers' three nearest points of every cell's centre, by inverse
 squared distance. `Splat` takes the mean over the points inside each cell, beside their number: a
@@ -27,7 +28,7 @@ from model.points import Points
 
 def lattice_shape(points: Points, level: int) -> tuple[int, int]:
     """(hl, wl) of the lattice of a level that holds every image of the batch."""
-    height, width = (points.sizes_px.amax(dim=0) - 1 >> level).add(1).tolist()
+    height, width = (_last_cells(points, level).amax(dim=0) + 1).tolist()
     return height, width
 
 
@@ -35,21 +36,32 @@ def lattice_present(points: Points, level: int) -> Bool[Tensor, "b hl wl"]:
     """Which cells of the lattice hold a pixel of their image."""
     hl, wl = lattice_shape(points, level)
     device = points.image.device
-    extent = (points.sizes_px - 1 >> level) + 1
+    extent = _last_cells(points, level) + 1
     rows = torch.arange(hl, device=device) < extent[:, :1]
     columns = torch.arange(wl, device=device) < extent[:, 1:]
     return rows[:, :, None] & columns[:, None, :]
 
 
+def _last_cells(points: Points, level: int) -> Int64[Tensor, "b 2"]:
+    """The last row and column of the lattice that hold a pixel of each image."""
+    own_level = level + points.resolution
+    if own_level < 0:
+        raise ValueError(
+            f"a lattice of level {level} is finer than the pixels of images of resolution "
+            f"2^{points.resolution}; paint them finer"
+        )
+    return points.sizes_px - 1 >> own_level
+
+
 def cells_of(points: Points, level: int) -> Int64[Tensor, " n"]:
     """The cell of the lattice, counted through the batch row by row, that each point lies in."""
-    if len(points) and int(points.level.max()) > level:
+    if len(points) and int(points.level.max()) > level + points.resolution:
         raise ValueError(
             f"a point of level {int(points.level.max())} is coarser than the lattice of level "
             f"{level} and lies in many of its cells; choose a coarser lattice"
         )
     hl, wl = lattice_shape(points, level)
-    up = level - points.level
+    up = level + points.resolution - points.level
     return (points.image * hl + (points.y >> up)) * wl + (points.x >> up)
 
 
@@ -83,7 +95,8 @@ def nearest_points(points: Points, level: int, neighbours: int = 3) -> NearestPo
     """The `neighbours` nearest points of the cells of a level; once for one set of points."""
     present = lattice_present(points, level)
     image, y, x = present.nonzero().unbind(dim=-1)
-    found, squared = nearest(points, image, torch.stack([y, x], dim=-1), level, neighbours)
+    cells, own_level = torch.stack([y, x], dim=-1), level + points.resolution
+    found, squared = nearest(points, image, cells, own_level, neighbours)
     exists = found >= 0
     closeness = torch.where(exists, 1.0 / squared.clamp_min(1).double(), 0.0)
     at_centre = exists & (squared == 0)
@@ -148,7 +161,7 @@ def interpolate(
             f"the points need a lattice of {points.batch} x {lattice_shape(points, level)} cells "
             f"at level {level}, but got {tuple(lattice.shape[:3])}"
         )
-    last = (points.sizes_px - 1 >> level)[points.image]
+    last = _last_cells(points, level)[points.image]
     place = points.centres_px() * 2.0**-level - 0.5
     return bilinear(lattice, points.image, torch.minimum(place, last.to(place)))
 

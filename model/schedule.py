@@ -157,13 +157,17 @@ def make_schedule(
 ) -> Schedule:
     """A schedule by its name: `cosine` and `linear` as published, `shifted-cosine` for images of
     side_px, `uniform` over the range of the octaves.
+
+    A cosine goes on below its published end (-20) where octaves of very large images need that to
+    drown.
     """
+    low = LOW if octaves is None else min(LOW, octaves.log_snr_range()[0])
     if name == "cosine":
-        return Cosine(offset=0.008)
+        return Cosine(offset=0.008, low=low)
     if name == "shifted-cosine":
         if side_px is None:
             raise ValueError("a shifted cosine schedule needs the side of the images in pixels")
-        return Cosine(side_px=side_px)
+        return Cosine(side_px=side_px, low=low)
     if name == "linear":
         return Linear()
     if name == "uniform":

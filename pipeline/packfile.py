@@ -22,7 +22,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt16
 
-from model.design import Design, Extent, PointDesign, WindowDesign, make_design
+from model.design import (
+    EVERY_PIXEL,
+    Design,
+    Extent,
+    PointDesign,
+    Sampling,
+    WindowDesign,
+    make_design,
+)
 from pipeline.embeddings import TokenLattice
 
 ABSENT = 65_535
@@ -73,6 +81,13 @@ class PackSettings:
             lattice=self.lattice,
             uniform_part=self.uniform_part,
         )
+
+    def sampling(self) -> Sampling:
+        """How regions were drawn, the lattice apart; windows take part in no sums."""
+        design, region = self.make_design(), Extent(self.side_px, self.side_px)
+        if not isinstance(design, PointDesign):
+            return EVERY_PIXEL
+        return Sampling(design, design.num_cells(region) / region.pixels)
 
     @property
     def value_scale(self) -> int:

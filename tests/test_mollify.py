@@ -65,13 +65,13 @@ def test_what_is_not_valid_has_no_weight() -> None:
 
 
 def test_noise_and_data_are_mollified_by_one_kernel() -> None:
-    noise = MollifiedNoise(WHITE, sigma_px=0.8, scale=2.0)
-    box = Box(0, 3, -8, 40, 50)
-    leaves = WHITE.means(torch.tensor([5]), box.grow(noise.radius))[0].permute(1, 2, 0).numpy()
-    inside = slice(noise.radius, -noise.radius)
-    data = 2.0 * mollify(leaves, 1.6)[inside, inside]
-    found = noise.box(5, box).permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(found, data, atol=3e-7)
+    noise = MollifiedNoise(WHITE, sigma_px=0.8)
+    for level, sigma in ((0, 0.8), (-1, 1.6), (1, 0.4)):
+        box, radius = Box(level, 3, -8, 40, 50), noise.radius(level)
+        leaves = WHITE.means(torch.tensor([5]), box.grow(radius))[0].permute(1, 2, 0).numpy()
+        data = mollify(leaves, sigma)[radius:-radius, radius:-radius]
+        found = noise.box(5, box).permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(found, data, atol=3e-7)
 
 
 @settings(max_examples=15)
@@ -100,7 +100,7 @@ def test_a_large_box_is_its_tiles() -> None:
 
 @pytest.mark.parametrize("sigma_px", [0.5, 1.0, 1.3])
 def test_points_are_the_pixels_of_the_box(sigma_px: float) -> None:
-    noise, seeds = MollifiedNoise(WHITE, sigma_px, 1.5), torch.tensor([7, 2**40 + 3])
+    noise, seeds = MollifiedNoise(WHITE, 1.5 * sigma_px), torch.tensor([7, 2**40 + 3])
     generator = torch.Generator().manual_seed(0)
     points = full_lattice(60, 90, batch=2)
     points = points.take(torch.randperm(len(points), generator=generator)[:4000])
@@ -129,12 +129,49 @@ def test_it_is_normal() -> None:
     assert scipy.stats.kstest(apart.flatten().numpy(), "norm", args=(0, std)).pvalue > 0.01
 
 
-@pytest.mark.parametrize("scale", [2.0, 3.0])
-def test_its_covariance_on_the_ground_is_the_same_at_every_resolution(scale: float) -> None:
+@pytest.mark.parametrize("level", [-1, -2])
+def test_its_covariance_on_the_ground_is_the_same_at_every_resolution(level: int) -> None:
     """d pixels of the training are scale * d pixels of the field."""
-    coarse = MollifiedNoise(WHITE, 1.5).covariance(5)
-    fine = MollifiedNoise(WHITE, 1.5, scale).covariance(1 + 4 * int(scale))
-    torch.testing.assert_close(fine[:: int(scale), :: int(scale)], coarse, atol=2e-5, rtol=0)
+    noise, scale = MollifiedNoise(WHITE, 1.5), 1 << -level
+    coarse, fine = noise.covariance(5), noise.covariance(1 + 4 * scale, level)
+    torch.testing.assert_close(fine[::scale, ::scale], coarse, atol=2e-5, rtol=0)
+    values = noise.boxes(torch.arange(4), Box(level, 0, 0, 512, 512)).double()
+    for lag in (0, scale, 3 * scale):
+        # A field of length sigma has about (512 / (4 sigma))^2 independent values.
+        found = (values[..., lag:] * values[..., : 512 - lag]).mean()
+        error = 5 * float(fine[0, 0]) * 4 * 1.5 * scale / 512 / math.sqrt(8)
+        assert abs(found - fine[0, lag]) < error
+
+
+def test_finer_fields_are_the_same_field_refined() -> None:
+    """What is left between a field and the means of the next finer one is small, and shrinks."""
+    noise, box, left = MollifiedNoise(WHITE, 2.0), Box(0, -7, 5, 64, 64), []
+    for level in (0, -1, -2):
+        coarse = noise.box(11, box.refine(level)).double()
+        fine = noise.box(11, box.refine(level - 1)).double()
+        means = torch.nn.functional.avg_pool2d(fine, 2)
+        left.append(float((means - coarse).square().mean() / coarse.square().mean()))
+    assert left[0] < 0.02
+    assert left[2] < 0.5 * left[1] < 0.25 * left[0]
+
+
+@pytest.mark.parametrize("sigma_px", [0.6, 1.0])
+def test_its_octaves_are_those_of_its_spectrum(sigma_px: float) -> None:
+    spectrum = NoiseSpectrum(8, 5, 0.0, sigma_px)
+    values = MollifiedNoise(WHITE, sigma_px).boxes(torch.arange(8), Box(0, 0, 0, 256, 256))
+    means = values.double()
+    for level in range(5):
+        count = means.numel()
+        found, expected = float(means.square().mean()), spectrum.mean_variance(level)
+        # Of normals that are correlated over some pixels.
+        assert found == pytest.approx(expected, rel=5 * 3 * math.sqrt(2 / count))
+        means = torch.nn.functional.avg_pool2d(means, 2)
+        detail = expected - spectrum.mean_variance(level + 1)
+        assert spectrum.detail_variance(level) == pytest.approx(detail)
+    white = NoiseSpectrum(8, 5, 0.0)
+    assert spectrum.mean_variance(8) == pytest.approx(white.mean_variance(8), rel=0.02)
+    with pytest.raises(ValueError, match=r"made of white noise, but a floor of 0\.005"):
+        NoiseSpectrum(8, 5, 0.005, 1.0)
 
 
 def test_streams_are_independent_fields_of_one_law() -> None:
@@ -147,18 +184,16 @@ def test_streams_are_independent_fields_of_one_law() -> None:
 
 
 def test_mistakes_are_sentences() -> None:
-    with pytest.raises(ValueError, match="known at pixels, but cells of level 2"):
-        NOISE.box(0, Box(2, 0, 0, 1, 1))
     zero = torch.zeros(1, dtype=torch.int64)
     sizes = torch.tensor([[8, 8]])
-    with pytest.raises(ValueError, match="known at pixels, but cells of level 1"):
+    with pytest.raises(ValueError, match=r"known at pixels, but points of levels \[1\]"):
         NOISE.at(zero, Points(zero, zero + 1, zero, zero, sizes))
     with pytest.raises(ValueError, match="2 seeds do not fit"):
         NOISE.at(torch.tensor([0, 1]), Points(zero, zero, zero, zero, sizes))
     with pytest.raises(ValueError, match="has a floor of"):
         MollifiedNoise(NoiseTree(NoiseSpectrum(8, 5, 0.005), 1), 1.0)
-    with pytest.raises(ValueError, match="the scale is 0"):
-        MollifiedNoise(WHITE, 1.0, 0.0)
+    with pytest.raises(ValueError, match="use MollifiedNoise"):
+        NoiseTree(NoiseSpectrum(8, 5, 0.0, 1.0), 1)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from model.schedule import (
     draw_log_snr,
     first_log_snrs,
     levels,
+    log_snr_range,
     make_schedule,
 )
 from model.spectrum import NoiseSpectrum
@@ -100,6 +101,19 @@ def test_ours_drowns_every_octave_and_covers_it(floor: float) -> None:
     assert max(first_log_snrs(measured, schedule.low)) <= -6.0 + 1e-9
     assert min(first_log_snrs(measured, schedule.high)) >= 6.0 - 1e-9
     assert min(coverage(schedule, measured, schedule.low, schedule.high)) >= 0.2
+
+
+@pytest.mark.parametrize("name", ["cosine", "shifted-cosine"])
+@pytest.mark.parametrize("top_level", [8, 12, 16])
+def test_cosines_drown_every_octave_however_large_the_image(name: str, top_level: int) -> None:
+    signal = (0.1,) * (top_level + 1)
+    measured = Octaves(signal, signal[:5], NoiseSpectrum(top_level, 5, 0.0))
+    schedule = make_schedule(name, side_px=1 << top_level, octaves=measured)
+    low, _ = log_snr_range(schedule, measured)
+    assert max(first_log_snrs(measured, low)) <= -6.0 + 1e-9
+    time = torch.linspace(0.01, 0.9, 90, dtype=torch.float64)
+    published = make_schedule(name, side_px=1 << top_level)
+    torch.testing.assert_close(schedule.log_snr(time), published.log_snr(time))
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), Cosine(side_px=4096)])

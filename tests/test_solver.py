@@ -145,7 +145,7 @@ def decibels(name: str, floor: float, steps: int, eta: float | None = None) -> t
 
 @pytest.mark.parametrize("floor", [0.0, 0.005])
 def test_default_steps_reproduce_every_octave_within_half_a_decibel(floor: float) -> None:
-    from jobs.sample import Sample
+    from jobs.sample.options import Sample
 
     assert decibels(Sample.solver, floor, Sample.steps).abs().max() < 0.25
     # First-order solvers shrink all octaves alike, by what the steps leave: see `model.solver`.

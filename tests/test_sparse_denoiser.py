@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,16 @@ import torch
 from fields import condition as token_lattice
 from fields import levels_of
 from sparse_points import normal, points_of, shuffled
-from torch import Tensor
+from torch import Tensor, nn
 
 import model.mollify
 import model.noise
 import model.sparse.painter
 from model.attention import Condition
 from model.config import config_from_dict, preset
-from model.design import Extent, MixedDesign, PointDesign, UniformDesign
+from model.design import Extent, MixedDesign, PointDesign, Sampling, UniformDesign
 from model.draw import PointDraw
+from model.dropout import KeyedDropout, dropping
 from model.generate import ArrayField
 from model.lattice import Box
 from model.operator_attention import AttentionSums
@@ -31,7 +33,7 @@ from model.schedule import draw_log_snr, log_snr_range
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
-from model.sparse.painter import SparsePainter
+from model.sparse.painter import SparsePainter, Subset, keyed_subset
 from model.sparse.support import TileSupport
 
 HEIGHT, WIDTH = 16, 24
@@ -150,7 +152,10 @@ def paint(net: SparseOperatorDenoiser, u: Tensor, log_snr: float = 0.5, **option
     field = ArrayField(u.numpy())
     out = torch.full(u.shape, torch.nan, dtype=torch.float64)
     painter = SparsePainter(
-        net, options.pop("given", condition(net.config, 1)), density=0.3, **options
+        net,
+        options.pop("given", condition(net.config, 1)),
+        sampling=Sampling(UniformDesign(), 0.3),
+        **options,
     )
     for box, read, x0 in painter.estimate(field, log_snr):
         ys, xs = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
@@ -176,6 +181,7 @@ def test_paper_is_what_was_published() -> None:
     assert (config.mollifier_sigma_px, config.schedule) == (1.0, "cosine")
     assert (config.target, config.weight, config.sums) == ("epsilon", "simple", "all")
     assert not config.means and config.feature_dropout == 0.0
+    assert config.unet_dropout == 0.1
     with torch.device("meta"):
         net = SparseOperatorDenoiser(config, config.octaves((0.1,) * 13, (), 0.005))
     assert len(net.down) == len(net.up) == 3
@@ -246,6 +252,52 @@ def test_any_tiling_gives_the_same_image(config: SparseConfig) -> None:
         torch.testing.assert_close(parts, whole, **CLOSE)
 
 
+def wave(level: int) -> Tensor:
+    """A smooth function on the image, at the centres of the cells of a level."""
+    height, width = (round(side * 2.0**-level) for side in (HEIGHT, WIDTH))
+    y, x = ((torch.arange(n).double() + 0.5) * 2.0**level for n in (height, width))
+    first = torch.sin(y[:, None] / 5 + x / 9)
+    return torch.stack([first, torch.cos(x / 7 - y[:, None] / 11)])
+
+
+@pytest.mark.parametrize("name", ["published", "subset"])
+@pytest.mark.parametrize("normalisation", ["ratio", "stable"])
+def test_finer_fields_of_one_function_converge(name: str, normalisation: str) -> None:
+    """What is learned is an operator on functions: kernels, lattice, sums and tokens mean the same
+    at every resolution, and errors shrink with the pixel.
+    """
+    config = replace(CONFIGS[name], normalisation=normalisation, sums="all")
+    net, found = network(config), []
+    for level in (0, -1, -2):
+        x0 = paint(net, wave(level), tile=WIDTH << -level, level=level)
+        found.append(levels_of(x0.permute(1, 2, 0)[None], -level)[-1])
+    steps = [float((fine - coarse).square().mean()) for coarse, fine in pairwise(found)]
+    assert 0 < steps[1] < 0.35 * steps[0] < 0.35 * float(found[0].var())
+
+
+@pytest.mark.parametrize("level", [1, -1])
+def test_any_tiling_gives_the_same_image_at_other_resolutions(level: int) -> None:
+    net, u = network(CONFIGS["subset"]), wave(level) + 0.1 * normal(*wave(level).shape)
+    every = network(replace(CONFIGS["subset"], sums="all"))
+    cell = 4 << -level if level < 0 else 4 >> level
+    for one in (net, every):
+        whole = paint(one, u, tile=12 * cell, level=level, guidance=2.0)
+        parts = paint(one, u, tile=2 * cell, level=level, guidance=2.0)
+        torch.testing.assert_close(parts, whole, **CLOSE)
+    pixels = Sampling(UniformDesign(), 4.0**-level)
+    full = SparsePainter(
+        net,
+        condition(net.config, 1),
+        1.0,
+        12 * cell,
+        pixels,
+        level,
+    )
+    ((box, _, x0),) = full.estimate(ArrayField(u.numpy()), 0.5)
+    assert box == Box(level, 0, 0, *u.shape[1:])
+    torch.testing.assert_close(x0, paint(every, u, tile=12 * cell, level=level), **CLOSE)
+
+
 def test_guidance_is_the_line_through_both_estimates() -> None:
     net, u = network(PUBLISHED), normal(2, HEIGHT, WIDTH)
     full = paint(net, u, tile=16)
@@ -259,10 +311,45 @@ def test_a_subset_of_all_pixels_is_all_of_them() -> None:
     net, u = network(CONFIGS["subset"]), normal(2, HEIGHT, WIDTH)
     every = network(replace(CONFIGS["subset"], sums="all"))
     field = ArrayField(u.numpy())
-    painter = SparsePainter(net, condition(net.config, 1), tile=WIDTH, density=1.0)
+    painter = SparsePainter(net, condition(net.config, 1), tile=WIDTH)
     ((_, _, by_subset),) = painter.estimate(field, 0.5)
     torch.testing.assert_close(by_subset, paint(every, u, tile=WIDTH), **CLOSE)
     assert not torch.allclose(by_subset, paint(net, u, tile=WIDTH), atol=1e-4)
+
+
+def test_a_subset_is_drawn_as_in_training() -> None:
+    """Cells of every level that the design draws, each with the exact mean of the field over it;
+    where the image is too small for its windows, pixels.
+    """
+    design, field = MixedDesign(points=300, coarse_level=2, window=6), normal(2, 64, 96)
+    sampling = Sampling(design, 0.2)
+    for side in (8, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.sparse.painter, "READ_PX", side)
+            points = keyed_subset(64, 96, sampling)
+            subset = Subset(points, network(CONFIGS["means"]).support(points))
+            read = subset.read(ArrayField(field.numpy()))
+        levels = levels_of(field.permute(1, 2, 0)[None], 2)
+        assert len(points) == round(0.2 * 64 * 96)
+        assert set(points.level.tolist()) == {0, 1}
+        for level in (0, 1):
+            here = points.level == level
+            expected = levels[level][0, points.y[here], points.x[here]]
+            torch.testing.assert_close(read[here], expected, **CLOSE)
+    # Of training's sums over these cells and painting's over the field, all are alike.
+    net, log_snr = network(replace(CONFIGS["means"], sums="subset")), 0.5
+    given = condition(net.config, 1)
+    painter = SparsePainter(net, given, tile=32, sampling=sampling)
+    y = field * (1 + np.exp(-log_snr)) ** 0.5
+    lattice = levels_of(y.permute(1, 2, 0)[None], 2)[-1]
+    means = Means(lattice, torch.ones_like(lattice[..., :1]))
+    evaluation = net.prepare(given, torch.tensor([log_snr]).double(), means)
+    observed = read * (1 + np.exp(-log_snr)) ** 0.5
+    _, (trained,) = net.over_all(observed, net.support(points), evaluation)
+    ((painted,),) = painter._sums(ArrayField(field.numpy()), [evaluation])
+    torch.testing.assert_close(painted, trained, **CLOSE)
+    few = keyed_subset(HEIGHT, WIDTH, sampling)
+    assert len(few) == 77 and not few.level.any()
 
 
 @EVERY
@@ -280,7 +367,7 @@ def test_sums_do_not_depend_on_how_an_image_is_divided(config: SparseConfig) -> 
         for box in (whole, *inner)
     ]
     runs = [net.run(observed, support, evaluation) for support in supports]
-    total, *shares = [next(run) for run in runs]
+    total, *shares = [next(run)() for run in runs]
     for number in range(net.num_sums):
         if isinstance(total, AttentionSums):
             for name in ("keys", "keys_values"):
@@ -294,7 +381,7 @@ def test_sums_do_not_depend_on_how_an_image_is_divided(config: SparseConfig) -> 
                 assert torch.equal(share.count, total.count[:, ys, xs])
         answer = net.complete(total, evaluation)
         if number + 1 < net.num_sums:
-            total, *shares = [run.send(answer) for run in runs]
+            total, *shares = [run.send(answer)() for run in runs]
     for run in runs:
         with pytest.raises(StopIteration):
             run.send(answer)
@@ -533,6 +620,37 @@ def test_features_are_left_out_by_seed_alone() -> None:
         assert torch.equal(losses(config, draw, seeds=seed), full) == equal
 
 
+def test_dropout_is_a_function_of_the_seed() -> None:
+    """The papers' U-Net drops a tenth at the resolutions that attend, each image on its own."""
+    config, draw = PUBLISHED, draw_of(image(2), design_for(PUBLISHED))
+    net = network(config)
+    layers = [layer for layer in net.modules() if isinstance(layer, KeyedDropout)]
+    assert len({layer.number for layer in layers}) == len(layers) == 5
+    seeds, uniform = torch.tensor([5, 6]), torch.full((2,), 0.5, dtype=torch.float64)
+    found = losses(config, draw, net=net, seeds=seeds, uniform=uniform)
+    assert torch.equal(losses(config, draw, net=net, seeds=seeds, uniform=uniform), found)
+    without = network(replace(config, unet_dropout=0.0))
+    assert not torch.equal(losses(config, draw, net=without, seeds=seeds, uniform=uniform), found)
+    u = normal(2, HEIGHT, WIDTH)
+    assert torch.equal(paint(net, u, tile=16), paint(without, u, tile=16))
+
+
+def test_keyed_dropout_keeps_the_mean_and_knows_no_batch() -> None:
+    layer, other = KeyedDropout(0.25, 3), KeyedDropout(0.25, 4)
+    x, seeds = torch.ones(3, 64, 33, 32), torch.tensor([7, 2**40 + 1, 2**63 - 1])
+    assert torch.equal(layer(x), x)
+    with dropping(nn.ModuleList([layer, other]), seeds):
+        mask, another = layer(x), other(x)
+    assert mask.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    # 5 deviations of the mean of 67,584 draws.
+    assert (mask.mean(dim=(1, 2, 3)) - 1).abs().max() < 5 * (1 / 3) ** 0.5 / 67_584**0.5
+    correlation = torch.corrcoef(torch.stack([*mask.flatten(1), another[0].flatten()]))
+    assert (correlation - torch.eye(4)).abs().max() < 5 / 67_584**0.5
+    with dropping(layer, seeds[1:2]):
+        assert torch.equal(layer(x[:1])[0], mask[1])
+    assert torch.equal(layer(x), x)
+
+
 @pytest.mark.parametrize("name", ["published", "means", "subset"])
 def test_how_much_is_done_at_once_changes_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -596,8 +714,24 @@ def test_points_that_cannot_be_are_refused() -> None:
         evaluate(net, coarse, normal(len(coarse), 2))
     with pytest.raises(ValueError, match="need lattices of 2 sizes"):
         net.support(points_of((20, 20), ((24, 40), (32, 40))))
-    with pytest.raises(ValueError, match="known at pixels, but cells of level 1"):
+    with pytest.raises(ValueError, match="known at pixels, but points of levels"):
         losses(PUBLISHED, draw_of(image(1), design_for(CONFIGS["alone"])))
+
+
+def test_what_a_preset_cannot_do_is_refused() -> None:
+    subset, mixed = CONFIGS["subset"], MixedDesign(points=300, coarse_level=2, window=6)
+    plain = replace(subset, mollifier_sigma_px=0.0)
+    plain.check_design(mixed)
+    with pytest.raises(ValueError, match="not at the coarser windows of --design mixed"):
+        subset.check_design(mixed, 1.0)
+    with pytest.raises(ValueError, match="noise is not mollified: at another resolution"):
+        plain.overlap(None, 64, 64, -1)
+    subset.overlap(None, 64, 64, -1)
+    with pytest.raises(ValueError, match="unet_dropout is a part of at least 0 and below 1"):
+        replace(subset, unet_dropout=1.0)
+    wide = replace(condition(subset, 1), values=normal(1, 7, 7))
+    with pytest.raises(ValueError, match="tokens of 7 numbers were given to a model that takes 6"):
+        network(subset).prepare(wide, log_snrs(1))
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:

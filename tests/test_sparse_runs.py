@@ -20,6 +20,7 @@ from model.deconvolve import WienerInverse, deconvolve
 from model.draw import PointDraw
 from model.family import make_painter, noise_of, sampled_range
 from model.generate import ArrayField, Trajectory, advance, finish, start
+from model.lattice import at_level
 from model.solver import DDIM, uniform_steps
 from model.sparse.config import SparseConfig
 from pipeline.ome import OmeImage
@@ -49,9 +50,7 @@ def trained(chain: Chain, packs: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def test_the_papers_method_trains_and_paints(
-    chain: Chain, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_papers_method_trains_and_paints(chain: Chain, trained: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     # The noise that is asked for has the mollified field's variance at the start: 0.28 squared.
     assert lines[0]["level_losses"][0] == pytest.approx(0.0796, rel=0.1)
@@ -66,8 +65,40 @@ def test_the_papers_method_trains_and_paints(
     # The same image in tiles of another size, up to float32 and rounding.
     assert np.abs(images[0] - images[1]).max() <= 1
     assert images[0].std() > 1
-    assert jobs.sample.main([*command, "--size", "128", "--scale", "0.5"]) == 2
-    assert "leave --scale at 1" in capsys.readouterr().err
+
+
+def test_other_resolutions_are_written_with_their_spacing(
+    chain: Chain, trained: Path, tmp_path: Path
+) -> None:
+    for scale in ("2", "0.5"):
+        out = tmp_path / scale
+        command = [str(trained), "--condition", str(chain.store), "--out", str(out)]
+        more = ["--steps", "2", "--size", "64x96", "--format", "zarr", "--scale", scale]
+        assert jobs.sample.main([*command, *more]) == 0
+        (path,) = out.glob("*.zarr")
+        image, times = OmeImage.open(path), float(scale)
+        assert image.spacing == pytest.approx(0.5 / times)
+        assert image.shape == (3, round(64 * times), round(96 * times))
+
+
+def test_other_resolutions_are_the_same_image(packs: Path, trained: Path) -> None:
+    """The same noise and the same condition, finer and coarser: what is seen on the ground."""
+    denoiser = Run(trained).load_denoiser(device=torch.device("cpu"))
+    condition = Batches(PackSet.open(packs), batch=1, seed=0, augment=False).at(0).condition
+    (step,), seen = uniform_steps(*sampled_range(denoiser), 1), {}
+    for level in (0, -1, 1):
+        shape = (3, at_level(64, level), at_level(96, level))
+        here, there = (ArrayField(np.zeros(shape, np.float32)) for _ in range(2))
+        tile = at_level(96, level)
+        painter = make_painter(denoiser, condition, guidance=1.0, tile=tile, level=level)
+        start(here, noise_of(denoiser), 5, step.now, level=level)
+        advance(painter, DDIM(), step, Trajectory(here, there))
+        finish(painter, step.after, Trajectory(there, here))
+        block = at_level(8, level)
+        seen[level] = here.array.reshape(3, 8, block, 12, block).mean(axis=(2, 4))
+    for level in (-1, 1):
+        difference = np.abs(seen[level] - seen[0]).mean() / np.abs(seen[0]).mean()
+        assert difference < 0.15, level
 
 
 def test_what_is_painted_is_the_wiener_inverse_of_the_last_estimate(

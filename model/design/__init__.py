@@ -13,16 +13,18 @@ reads it.
 """
 
 from model.design.choose import make_design
-from model.design.points import MixedDesign, SobolDesign, UniformDesign
+from model.design.points import EVERY_PIXEL, MixedDesign, Sampling, SobolDesign, UniformDesign
 from model.design.protocol import Design, Extent, PointDesign, WindowDesign
 from model.design.windows import PatchDesign, ZoomDesign
 
 __all__ = [
+    "EVERY_PIXEL",
     "Design",
     "Extent",
     "MixedDesign",
     "PatchDesign",
     "PointDesign",
+    "Sampling",
     "SobolDesign",
     "UniformDesign",
     "WindowDesign",

@@ -19,13 +19,13 @@ equally likely then, whatever the size of the image.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int64
 
 from model.design.permutation import Permutation
-from model.design.protocol import Extent
+from model.design.protocol import Extent, PointDesign
 from model.design.windows import nested_windows
 
 PIXELS_STREAM, WINDOWS_STREAM = 0, 1
@@ -96,6 +96,9 @@ class _Pixels(_Points):
 class UniformDesign(_Pixels):
     """Pixels, uniformly and without repeats."""
 
+    def of(self, cells: int) -> "UniformDesign":
+        return replace(self, points=cells, lattice=False)
+
     def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
         return _pixels(_slice(image, self.num_cells(image), key), image)
 
@@ -105,6 +108,9 @@ class SobolDesign(_Pixels):
     """Pixels under a scrambled Sobol sequence, without repeats."""
 
     BITS = 52
+
+    def of(self, cells: int) -> "SobolDesign":
+        return replace(self, points=cells, lattice=False)
 
     def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
         number, size = self.num_cells(image), (image.height_px, image.width_px)
@@ -160,6 +166,11 @@ class MixedDesign(_Points):
                 "--uniform-part takes the part of a draw that is uniform, between 0 and 1, not "
                 f"{self.uniform_part:g}"
             )
+
+    def of(self, cells: int) -> "MixedDesign | UniformDesign":
+        if self._stacks(cells) < 1:
+            return UniformDesign(cells, self.coarse_level)
+        return replace(self, points=cells, lattice=False)
 
     def num_cells(self, image: Extent) -> int:
         cells = self._budget(image)
@@ -218,6 +229,17 @@ class MixedDesign(_Points):
 
     def _stacks(self, cells: int) -> int:
         return int(cells * (1 - self.uniform_part)) // (self.coarse_level * self.window**2)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the pixels of images were drawn: by what design, and how many cells a pixel."""
+
+    design: PointDesign
+    density: float
+
+
+EVERY_PIXEL = Sampling(UniformDesign(), 1.0)
 
 
 def _slice(image: Extent, number: int, key: tuple[int, ...]) -> Int64[np.ndarray, " n"]:

@@ -104,6 +104,12 @@ class WindowDesign(Design, Protocol):
 class PointDesign(Design, Protocol):
     """A design of single cells, no two alike."""
 
+    def of(self, cells: int) -> "PointDesign":
+        """The same design for so many cells and no lattice; pixels alone where they are too few
+        for more.
+        """
+        ...
+
     def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
         """(level, y, x), y and x in cells of that level.
 

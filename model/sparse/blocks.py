@@ -1,20 +1,26 @@
 """What the sparse and the grid level are made of: a block of points, and the U-Net's part."""
 
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from model.attention import Tokens
 from model.blocks import ModulatedMlp, zero_linear
 from model.coarse import make_unet, unet_time
+from model.dropout import KeyedDropout, dropping
 from model.operator_attention import AttentionSums, SelfAttentionOperator
 from model.point_attention import PointAttention, make_point_attention
 from model.sparse.config import SparseConfig
 from model.sparse.support import Support
+
+Sum = TypeVar("Sum")
+Ask = Callable[[], Sum]
+"""How to find what some points contribute to a sum over the image, for who does not know it."""
 
 
 class SparseConv(nn.Module):
@@ -40,8 +46,8 @@ class SparseConv(nn.Module):
 class PointBlock(nn.Module):
     """The operators of one layer at the sparse level, each added to the features of points.
 
-    Its forward is a coroutine, as the denoiser's (see `denoiser`): it yields the sums of its own
-    points for self-attention and is sent those of the image.
+    Its forward is a coroutine, as the denoiser's (see `denoiser`): it yields how to find the sums
+    of its own points for self-attention and is sent those of the image.
     """
 
     def __init__(self, config: SparseConfig) -> None:
@@ -66,20 +72,25 @@ class PointBlock(nn.Module):
         support: Support,
         embedding: Float[Tensor, "b e"],
         tokens: Tokens | None = None,
-    ) -> Generator[AttentionSums, AttentionSums, Float[Tensor, "n w"]]:
+    ) -> Generator[Ask[AttentionSums], AttentionSums, Float[Tensor, "n w"]]:
         points = support.points
         x = self.local(x, embedding, support)
         if self.condition is not None and tokens is not None:
             x = self.condition(x, points, tokens, embedding)
         if self.each_other is not None:
-            inner, weights = support.interior, support.weights
-            if inner is None:
-                sums = yield self.each_other.accumulate(x, points, weights)
-            else:
-                counted = x[inner], points.take(inner), weights[inner]
-                sums = yield self.each_other.accumulate(*counted)
+            sums = yield partial(_own_sums, self.each_other, x, support)
             x = self.each_other.attend(x, points, sums)
         return x
+
+
+def _own_sums(
+    attention: SelfAttentionOperator, x: Float[Tensor, "n w"], support: Support
+) -> AttentionSums:
+    """What the points that a support stands for contribute."""
+    points, inner, weights = support.points, support.interior, support.weights
+    if inner is None:
+        return attention.accumulate(x, points, weights)
+    return attention.accumulate(x[inner], points.take(inner), weights[inner])
 
 
 class LatticeNet(nn.Module):
@@ -94,6 +105,8 @@ class LatticeNet(nn.Module):
         self.multiple = 1 << (len(config.unet_widths) - 1)
         modulated = config.embedding_width if config.latent_dim else None
         self.unet: Any = make_unet(config, inputs, config.width, modulated)
+        if config.unet_dropout:
+            _drop(self.unet, config)
 
     def forward(
         self,
@@ -101,10 +114,28 @@ class LatticeNet(nn.Module):
         log_snr: Float[Tensor, " b"],
         tokens: Float[Tensor, "b n t"],
         modulation: Float[Tensor, "b e"] | None = None,
+        seeds: Int64[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b hl wl w"]:
+        """Features at the cells; `seeds` of the images decide what is dropped, None drops
+        nothing.
+        """
         h, w = values.shape[1:3]
         x = F.pad(values.permute(0, 3, 1, 2), (0, -w % self.multiple, 0, -h % self.multiple))
-        out = self.unet(
-            x, unet_time(log_snr), encoder_hidden_states=tokens, timestep_cond=modulation
-        ).sample
+        with dropping(self.unet, seeds):
+            out = self.unet(
+                x, unet_time(log_snr), encoder_hidden_states=tokens, timestep_cond=modulation
+            ).sample
         return out[:, :, :h, :w].permute(0, 2, 3, 1)
+
+
+def _drop(unet: Any, config: SparseConfig) -> None:
+    """Dropout in the residual blocks of the resolutions that attend, and of the middle."""
+    attending = config.unet_attention
+    down = unet.down_blocks[len(unet.down_blocks) - attending :]
+    resnets = [
+        resnet
+        for block in (*down, unet.mid_block, *unet.up_blocks[:attending])
+        for resnet in block.resnets
+    ]
+    for number, resnet in enumerate(resnets):
+        resnet.dropout = KeyedDropout(config.unet_dropout, number)

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from model.design import Design, MixedDesign, PointDesign
 from model.operators.normalisation import Normalisation
+from model.operators.resize import resized_side
 from model.process import Octaves
 from model.schedule import SCHEDULES
 from model.spectrum import NoiseSpectrum
@@ -40,14 +41,15 @@ class SparseConfig:
     points read the tokens. self_attention: whether they read each other. tokens: `one` is the mean
     of the finest lattice, a single vector for an image, `none` reads none at all. resampling: how
     features come to the lattice. sums: whether an image that is painted is summed over all its
-    pixels, or over a keyed subset as dense as what was trained on (see `painter`). means: whether
+    pixels, or over a keyed draw like those that were trained on (see `painter`). means: whether
     the exact area means of u_t come with them, which needs unmollified noise. feature_dropout: how
     often the features of points are left out of the lattice in training, so that the means alone
     suffice.
     mollifier_sigma_px: deviation of the Gaussian that smooths data and noise; 0 for none.
     schedule, target, weight: see `model.schedule` and `model.targets`.
     unet_*: as in `PyramidConfig`; unet_self_attention: its coarsest resolutions attend to
-    themselves, and only its middle to the tokens.
+    themselves, and only its middle to the tokens; unet_dropout: rate at the resolutions that
+    attend (∞-Diff says where, not how much; 0.1 is Nichol and Dhariwal's).
     """
 
     channels: int
@@ -81,6 +83,7 @@ class SparseConfig:
     unet_head_dim: int = 32
     unet_groups: int = 32
     unet_self_attention: bool = True
+    unet_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -91,6 +94,10 @@ class SparseConfig:
         for name in ("channels", "width", "heads", "kernel", "unet_head_dim", "unet_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is a number above 0, not {getattr(self, name)}")
+        if not 0.0 <= self.unet_dropout < 1.0:
+            raise ValueError(
+                f"unet_dropout is a part of at least 0 and below 1, not {self.unet_dropout:g}"
+            )
         if not 0.0 <= self.feature_dropout <= 1.0:
             raise ValueError(
                 f"feature_dropout is a part between 0 and 1, not {self.feature_dropout:g}"
@@ -121,10 +128,13 @@ class SparseConfig:
                 "vector_dim or latent_dim to 0"
             )
 
-    @property
-    def halo(self) -> int:
-        """Cells at the rim of a tile whose features lack neighbours after all blocks."""
-        return 2 * self.blocks * (self.kernel // 2)
+    def kernel_side(self, resolution: int = 0) -> int:
+        """Taps a side of the operators in images of 2^resolution times the training's."""
+        return resized_side(self.kernel, 2.0**resolution)
+
+    def halo(self, resolution: int = 0) -> int:
+        """Pixels at the rim of a tile whose features lack neighbours after all blocks."""
+        return 2 * self.blocks * (self.kernel_side(resolution) // 2)
 
     @property
     def cell_px(self) -> int:
@@ -149,10 +159,11 @@ class SparseConfig:
                 f"an overlap of {asked:g} was asked for, but only patch diffusion paints in "
                 "windows that overlap; leave --overlap out"
             )
-        if level:
+        if level and not self.mollifier_sigma_px:
             raise ValueError(
-                "sparse operators were trained on pixels, and paint at their resolution only; "
-                "leave --scale at 1"
+                "this run's noise is not mollified: at another resolution its values have another "
+                "variance than those that were trained on; leave --scale at 1, or train with "
+                "--set mollifier_sigma_px=1 on packs made with --mollifier 1"
             )
 
     def check_design(self, design: Design, mollifier_sigma_px: float = 0.0) -> None:
@@ -184,8 +195,10 @@ class SparseConfig:
         self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
     ) -> Octaves:
         """The process in every octave of a region, from the variances measured on it."""
-        floor = 0.0 if self.mollifier_sigma_px else noise_floor
-        return Octaves(signal, (), NoiseSpectrum(len(signal) - 1, self.coarse_level, floor))
+        sigma_px = self.mollifier_sigma_px
+        floor = 0.0 if sigma_px else noise_floor
+        noise = NoiseSpectrum(len(signal) - 1, self.coarse_level, floor, sigma_px)
+        return Octaves(signal, (), noise)
 
 
 def check_mollifier(packed_px: float, wanted_px: float) -> None:

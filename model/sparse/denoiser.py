@@ -8,17 +8,19 @@ second stack of blocks, with skips from the first, gives what the target asks fo
 a vector that an encoder makes of the clean image comes to all of them with the noise level.
 
 Two couplings reach beyond a neighbourhood: self-attention, which is a sum over points, and the
-lattice. So the forward is a coroutine: it yields what its own points contribute and is sent what
-that comes to over the whole image. For a draw the two are one thing; over an image in tiles they
-are added up first. Training and painting run the same lines, and a tiling changes nothing.
+lattice. So the forward is a coroutine: it yields how to find what its own points contribute, and
+is sent what that comes to over the whole image. For a draw the two are one thing; over an image in
+tiles they are added up first, and not asked for again. Training and painting run the same lines,
+and a tiling changes nothing.
 """
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from model.attention import Condition, GlobalVector, TokenEncoder, Tokens
@@ -32,7 +34,7 @@ from model.points import Points
 from model.process import Octaves
 from model.resample import Splat, interpolate, lattice_shape
 from model.schedule import make_schedule
-from model.sparse.blocks import LatticeNet, PointBlock
+from model.sparse.blocks import Ask, LatticeNet, PointBlock
 from model.sparse.config import SparseConfig
 from model.sparse.encoder import LatentEncoder
 from model.sparse.support import PointSupport, Support
@@ -40,7 +42,7 @@ from model.targets import Target, make_target
 from model.wiener import wiener
 
 Part = AttentionSums | Splat
-Forward = Generator[Part, Any, Float[Tensor, "n c"]]
+Forward = Generator[Ask[Any], Any, Float[Tensor, "n c"]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Means:
 class Evaluation:
     """What all points of a batch of images share at one noise level.
 
-    keep_features: the images whose lattice is given the features of points; None for all.
+    keep_features: the images whose lattice is given the features of points; None for all. seeds:
+    of the images, by which the U-Net drops features in training; None drops nothing.
     """
 
     log_snr: Float[Tensor, " b"]
@@ -63,6 +66,7 @@ class Evaluation:
     tokens: Tokens
     means: Means | None
     keep_features: Bool[Tensor, " b"] | None = None
+    seeds: Int64[Tensor, " b"] | None = None
 
 
 class SparseOperatorDenoiser(nn.Module):
@@ -123,6 +127,7 @@ class SparseOperatorDenoiser(nn.Module):
         log_snr: Float[Tensor, " b"],
         means: Means | None = None,
         keep_features: Bool[Tensor, " b"] | None = None,
+        seeds: Int64[Tensor, " b"] | None = None,
     ) -> Evaluation:
         """A condition and a noise level, encoded once for all points."""
         if self.config.means and means is None:
@@ -148,19 +153,26 @@ class SparseOperatorDenoiser(nn.Module):
             condition = replace(condition, vector=None, keep_vector=None)
         attended, lattice = self.tokens(condition)
         tokens = Tokens(attended, lattice, condition)
-        return Evaluation(log_snr, embedding, tokens, means, keep_features)
+        return Evaluation(log_snr, embedding, tokens, means, keep_features, seeds)
 
     def forward(
         self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
     ) -> Float[Tensor, "n c"]:
         """The network's output at the points of a draw, which are all that there is."""
+        return self.over_all(observed, support, evaluation)[0]
+
+    def over_all(
+        self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
+    ) -> tuple[Float[Tensor, "n c"], list[Any]]:
+        """The same, and what each sum over the points came to."""
         run = self.run(observed, support, evaluation)
-        part = next(run)
+        ask, sums = next(run), []
         while True:
+            sums.append(self.complete(ask(), evaluation))
             try:
-                part = run.send(self.complete(part, evaluation))
+                ask = run.send(sums[-1])
             except StopIteration as end:
-                return end.value
+                return end.value, sums
 
     def run(
         self, observed: Float[Tensor, "n c"], support: Support, evaluation: Evaluation
@@ -176,7 +188,7 @@ class SparseOperatorDenoiser(nn.Module):
         for block in self.down:
             x = yield from block(x, support, *encoded)
             skips.append(x)
-        lattice = yield support.to_lattice(x)
+        lattice = yield partial(support.to_lattice, x)
         x = interpolate(lattice, points, level)
         for block, merge in zip(self.up, self.merge, strict=True):
             x = merge(torch.cat([x, skips.pop()], dim=-1))
@@ -225,7 +237,9 @@ class SparseOperatorDenoiser(nn.Module):
         if self.config.tokens == "lattice":
             inputs = torch.cat([inputs, self._token_inputs(inputs, tokens)], dim=-1)
         modulation = None if self.latent is None else evaluation.embedding
-        return self.lattice(inputs, evaluation.log_snr, tokens.attended, modulation)
+        return self.lattice(
+            inputs, evaluation.log_snr, tokens.attended, modulation, evaluation.seeds
+        )
 
     def _check(
         self, observed: Float[Tensor, "_ c"], points: Points, evaluation: Evaluation
@@ -272,9 +286,9 @@ class SparseOperatorDenoiser(nn.Module):
 
 def make_noise(config: SparseConfig, octaves: Octaves) -> Noise:
     """The process's noise: of the octaves' spectrum, smoothed where data are."""
-    tree = NoiseTree(octaves.noise, config.channels)
-    sigma = config.mollifier_sigma_px
-    return MollifiedNoise(tree, sigma) if sigma else tree
+    leaves = NoiseTree(replace(octaves.noise, mollifier_sigma_px=0.0), config.channels)
+    sigma_px = octaves.noise.mollifier_sigma_px
+    return MollifiedNoise(leaves, sigma_px) if sigma_px else leaves
 
 
 def pooled(condition: Condition) -> Condition:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.operator_attention import AttentionSums
-from model.sparse.blocks import PointBlock
+from model.sparse.blocks import Ask, PointBlock
 from model.sparse.config import SparseConfig
 from model.sparse.support import PointSupport
 
@@ -72,12 +72,12 @@ def normalised(z: Float[Tensor, "b latent"]) -> Float[Tensor, "b latent"]:
 
 
 def _over_all(
-    run: Generator[AttentionSums, AttentionSums, Float[Tensor, "n w"]],
+    run: Generator[Ask[AttentionSums], AttentionSums, Float[Tensor, "n w"]],
 ) -> Float[Tensor, "n w"]:
     """A block over the points of a draw, which are all that there is: its sums are complete."""
     try:
-        sums = next(run)
+        ask = next(run)
         while True:
-            sums = run.send(sums)
+            ask = run.send(ask())
     except StopIteration as end:
         return end.value

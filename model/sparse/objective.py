@@ -57,7 +57,7 @@ class SparseObjective(nn.Module):
             z = denoiser.encoder(truth, support)
             kept = _keyed(seeds, LATENT_STREAM) >= denoiser.config.latent_dropout
             condition = replace(condition, vector=z, keep_vector=kept)
-        evaluation = denoiser.prepare(condition, log_snr, means, self._keep(seeds))
+        evaluation = denoiser.prepare(condition, log_snr, means, self._keep(seeds), seeds)
         out = denoiser(observed, support, evaluation)
         wanted = denoiser.wanted(truth, noise, points, log_snr)
         weight = self.weight(denoiser.target_at(points), log_snr[points.image])

@@ -5,7 +5,7 @@ a tile of an image is how neighbours are found and how many pixels a point stand
 knows that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from model.lattice import Box
 from model.operators.contract import Backend, sparse_depthwise
 from model.operators.neighbours import Neighbours, find_neighbours
 from model.operators.reference import dense_depthwise
+from model.operators.resize import resize_kernel
 from model.points import Points
 from model.resample import NearestPoints, Splat, nearest_points, quadrature_weights
 from model.sparse.config import SparseConfig
@@ -66,7 +67,8 @@ class PointSupport:
     interior: None = None
 
     def __post_init__(self) -> None:
-        level, points = self.config.coarse_level, self.points
+        points = self.points
+        level = self.config.coarse_level + points.resolution
         lattices = (points.sizes_px - 1 >> level).unique(dim=0)
         if len(lattices) > 1:
             raise ValueError(
@@ -82,7 +84,7 @@ class PointSupport:
 
     @cached_property
     def neighbours(self) -> Neighbours:
-        return find_neighbours(self.points, self.config.kernel)
+        return find_neighbours(self.points, self.config.kernel_side(self.points.resolution))
 
     @cached_property
     def weights(self) -> Float[Tensor, " n"]:
@@ -93,7 +95,7 @@ class PointSupport:
     ) -> Float[Tensor, "n c"]:
         return sparse_depthwise(
             values,
-            weight,
+            resized(weight, self.points.resolution),
             self.neighbours,
             normalisation=self.config.normalisation,
             backend=self.backend,
@@ -113,7 +115,8 @@ class PointSupport:
 class TileSupport:
     """All pixels of a rectangle of one image; `inner`, inside it, is what it stands for.
 
-    height_px, width_px: of the whole image. Pixels beyond the rectangle count as absent, which is
+    Pixels are the image's own (see `points.Points.resolution`), the boxes of level 0. height_px,
+    width_px: of the whole image. Pixels beyond the rectangle count as absent, which is
     true where it ends with the image and false within the operators' reach of any other rim.
     """
 
@@ -123,6 +126,7 @@ class TileSupport:
     width_px: int
     config: SparseConfig
     device: torch.device
+    resolution: int = 0
 
     @cached_property
     def points(self) -> Points:
@@ -132,7 +136,7 @@ class TileSupport:
         y, x = (part.flatten() for part in torch.meshgrid(y, x, indexing="ij"))
         zero = torch.zeros_like(y)
         sizes = torch.tensor([[self.height_px, self.width_px]], device=self.device)
-        return Points(zero, zero, y, x, sizes)
+        return Points(zero, zero, y, x, sizes, self.resolution)
 
     @cached_property
     def interior(self) -> Bool[Tensor, " n"]:
@@ -149,7 +153,8 @@ class TileSupport:
         self, values: Float[Tensor, "n c"], weight: Float[Tensor, "c k k"]
     ) -> Float[Tensor, "n c"]:
         grid = values.view(1, *self.box.shape, -1).permute(0, 3, 1, 2)
-        out = dense_depthwise(grid, weight, None, self.config.normalisation)
+        kernel = resized(weight, self.resolution)
+        out = dense_depthwise(grid, kernel, None, self.config.normalisation)
         return out.permute(0, 2, 3, 1).reshape(values.shape)
 
     @cached_property
@@ -158,11 +163,16 @@ class TileSupport:
         here = self.points.take(self.interior)
         corner = self.inner
         size = torch.tensor([corner.shape], device=self.device)
-        own = Points(here.image, here.level, here.y - corner.y, here.x - corner.x, size)
+        own = replace(here, y=here.y - corner.y, x=here.x - corner.x, sizes_px=size)
         return PointSupport(own, self.config)
 
     def to_lattice(self, features: Float[Tensor, "n c"]) -> Splat:
         return self.own.to_lattice(features[self.interior])
+
+
+def resized(weight: Float[Tensor, "c k k"], resolution: int) -> Float[Tensor, "c m m"]:
+    """The kernels of an operator for images of 2^resolution times the training's."""
+    return resize_kernel(weight, 2.0**resolution) if resolution else weight
 
 
 def _as_one(features: Float[Tensor, "b hl wl c"]) -> Splat:

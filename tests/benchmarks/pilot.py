@@ -1,14 +1,16 @@
-"""What the design of the draw decides: uniform, mixed and zoom at equal time of one core.
+"""What the design of the draw decides: uniform, mixed, exact and zoom at equal time of one core.
 
     python tests/benchmarks/pilot.py SLIDE --out DIR [--minutes 12] [--designs uniform] [--seeds 0]
     python tests/benchmarks/pilot.py --out DIR --table
 
 Crops of 512 px of one slide, the right quarter held out; 2,048 values of a crop a sample (0.78 %),
-beside which zoom and nobody else is given the exact coarse lattice of 32 x 32 means; an 8 x 8
+beside which exact and zoom are given the exact coarse lattice of 32 x 32 means; an 8 x 8
 thumbnail as the condition; 1.3 to 1.4 million parameters; white noise, noise levels drawn by the
 shifted cosine. uniform and mixed train the same sparse-operator denoiser (v; features come to the
-lattice from the three nearest points), zoom the pyramid (preconditioned). Minutes are
-those of the process's own CPU on one thread, so that a busy machine changes nothing.
+lattice from the three nearest points), zoom the pyramid (preconditioned). exact is mixed with what
+the design asks of sparse operators: the lattice reads exact means of u_t beside the mean features
+of each cell, which are left out half of the time and come from one keyed draw in painting. Minutes
+are those of the process's own CPU on one thread, so that a busy machine changes nothing.
 
 Measured on held-out crops: power of what is painted over that of what is real, by octave, and the
 mean squared error of x0_hat at the points of a draw when they are evaluated sparsely (as in
@@ -18,6 +20,7 @@ training) and within the whole crop (as in painting), at every noise level.
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from torch import Tensor
 from jobs.evaluate.spectrum import Spectrum
 from model.attention import Condition
 from model.config import DenoiserConfig, PyramidConfig
-from model.design import Extent, MixedDesign, UniformDesign, ZoomDesign
+from model.design import Extent, MixedDesign, Sampling, UniformDesign, ZoomDesign
 from model.draw import Draw, PointDraw, WindowDraw
 from model.family import (
     Denoiser,
@@ -39,10 +42,11 @@ from model.family import (
     noise_of,
     sampled_range,
 )
-from model.generate import ArrayField, Trajectory, advance, finish, start
+from model.generate import ArrayField, Estimator, Trajectory, advance, finish, start
 from model.lattice import Box
 from model.solver import DDIM, uniform_steps
 from model.sparse.config import SparseConfig
+from model.sparse.denoiser import Means
 from pipeline.draws import Moments, RegionLevels
 from pipeline.packfile import ABSENT, PackStatistics
 from pipeline.readers import open_reader
@@ -57,6 +61,7 @@ LATTICE = (SIDE >> LEVEL) ** 2
 DESIGNS = {
     "uniform": UniformDesign(POINTS, LEVEL),
     "mixed": MixedDesign(POINTS, LEVEL, window=16),
+    "exact": MixedDesign(POINTS + LATTICE, LEVEL, window=16, lattice=True),
     "zoom": ZoomDesign(POINTS + LATTICE, LEVEL, window=16, halo=2),
 }
 UNET: dict[str, Any] = {
@@ -68,25 +73,29 @@ UNET: dict[str, Any] = {
     "unet_head_dim": 16,
     "unet_groups": 16,
 }
+SPARSE = SparseConfig(
+    channels=3,
+    coarse_level=LEVEL,
+    width=32,
+    blocks=2,
+    heads=2,
+    normalisation="stable",
+    cross_attention="none",
+    self_attention=False,
+    tokens="lattice",
+    mollifier_sigma_px=0.0,
+    schedule="shifted-cosine",
+    target="v",
+    unet_widths=(32, 48, 64),
+    unet_self_attention=False,
+    unet_dropout=0.0,
+    **UNET,
+)
 CONFIGS: dict[str, DenoiserConfig] = {
-    "sparse": SparseConfig(
-        channels=3,
-        coarse_level=LEVEL,
-        width=32,
-        blocks=2,
-        heads=2,
-        normalisation="stable",
-        cross_attention="none",
-        self_attention=False,
-        tokens="lattice",
-        mollifier_sigma_px=0.0,
-        schedule="shifted-cosine",
-        target="v",
-        unet_widths=(32, 48, 64),
-        unet_self_attention=False,
-        **UNET,
-    ),
-    "pyramid": PyramidConfig(
+    "uniform": SPARSE,
+    "mixed": SPARSE,
+    "exact": replace(SPARSE, means=True, resampling="splat", sums="subset", feature_dropout=0.5),
+    "zoom": PyramidConfig(
         channels=3,
         coarse_level=LEVEL,
         widths=(48, 32, 32, 16),
@@ -183,7 +192,7 @@ def draw_of(slide: Slide, levels: list[RegionLevels], design: Any, keys: list[in
 
 def train(slide: Slide, name: str, seed: int, minutes: float, folder: Path) -> Denoiser:
     """The averaged weights after so many minutes of CPU."""
-    config = CONFIGS["pyramid" if name == "zoom" else "sparse"]
+    config = CONFIGS[name]
     octaves = config.octaves(slide.statistics.signal, slide.statistics.residual, 0.0)
     torch.manual_seed(seed)
     denoiser = make_denoiser(config, octaves)
@@ -218,11 +227,16 @@ def train(slide: Slide, name: str, seed: int, minutes: float, folder: Path) -> D
     return denoiser.eval().requires_grad_(False)
 
 
+def painter_of(denoiser: Denoiser, condition: Condition) -> Estimator:
+    sampling = Sampling(DESIGNS["exact"], POINTS / SIDE**2)
+    return make_painter(denoiser, condition, guidance=1.0, tile=TILE, level=0, sampling=sampling)
+
+
 def dense_estimate(
     denoiser: Denoiser, condition: Condition, field: np.ndarray, log_snr: float
 ) -> np.ndarray:
     """x0_hat on a whole crop of u_t."""
-    painter = make_painter(denoiser, condition, guidance=1.0, tile=TILE, level=0)
+    painter = painter_of(denoiser, condition)
     out = np.empty_like(field)
     for box, _, x0 in painter.estimate(ArrayField(field), log_snr):
         out[:, box.y : box.y + box.height, box.x : box.x + box.width] = x0.numpy()
@@ -232,7 +246,7 @@ def dense_estimate(
 def paint(denoiser: Denoiser, condition: Condition, seed: int) -> np.ndarray:
     fields = [ArrayField(np.zeros((3, SIDE, SIDE), np.float32)) for _ in range(2)]
     steps = uniform_steps(*sampled_range(denoiser), STEPS - 1)
-    painter = make_painter(denoiser, condition, guidance=1.0, tile=TILE, level=0)
+    painter = painter_of(denoiser, condition)
     start(fields[0], noise_of(denoiser), seed, steps[0].now)
     for step in steps:
         advance(painter, DDIM(), step, Trajectory(fields[0], fields[1]))
@@ -258,7 +272,12 @@ def errors(slide: Slide, denoiser: Denoiser, name: str, log_snr: float) -> tuple
         points, values = draw.points()
         xi = noise_of(denoiser).at(torch.tensor([key]), points)
         there = values + torch.exp(-at / 2) * xi
-        evaluation = denoiser.prepare(condition, at)
+        means = None
+        if denoiser.config.means:
+            y = torch.nn.functional.avg_pool2d(u, 1 << LEVEL).permute(1, 2, 0)[None]
+            y = y / at.sigmoid().sqrt()
+            means = Means(y, torch.ones_like(y[..., :1]))
+        evaluation = denoiser.prepare(condition, at, means)
         out = denoiser(there, denoiser.support(points), evaluation)
         sparse = denoiser.estimate(out, there, points, at)
         pixel = points.level == 0
@@ -307,7 +326,7 @@ def table(folder: Path) -> None:
         spread = octaves.std(axis=0, ddof=1) if len(octaves) > 1 else np.zeros(octaves.shape[1])
         cells = [f"{m:+.2f} ± {s:.2f}" for m, s in zip(octaves.mean(axis=0), spread, strict=True)]
         print(f"| {name} ({len(results)} seeds) | {' | '.join(cells)} |")
-    for name in ("uniform", "mixed"):
+    for name in ("uniform", "mixed", "exact"):
         for file in sorted(folder.glob(f"{name}-*.json")):
             found = json.loads(file.read_text())["errors"]
             cells = [f"{s:.4f} / {d:.4f}" for s, d in found.values()]

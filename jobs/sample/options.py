@@ -1,0 +1,70 @@
+"""What python -m jobs.sample takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from conditioning.layout import Fill
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Paint images after the conditions of regions, or after none; the same command resumes.
+
+        python -m jobs.sample run --condition dataset.zarr --out images
+        python -m jobs.sample run --condition dataset.zarr --out images --region 5 --size 2048x4096
+        python -m jobs.sample run --unconditional 4 --out images
+
+    Each becomes an OME-Zarr image, and the files that --format names.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    out: Path
+    """Folder of the images."""
+    condition: Path | None = None
+    """The dataset store whose regions condition the images; embedded by the run's encoder."""
+    unconditional: int | None = None
+    """Instead: so many images after no condition, of the seeds --seed and following; the run needs
+    python -m jobs.latents first."""
+    region: tuple[int, ...] = ()
+    """Rows K of the store's region table; by default the first region that was not trained on."""
+    size: str = "region"
+    """Side in pixels, or HxW; by default the region's. A larger image continues its condition."""
+    fill: Fill = "reflect"
+    """What conditions the part of an image beyond its region: reflect mirrors the region's tokens,
+    regions lays those of other regions beside it."""
+    label: str | None = None
+    """Class that the images are to be of, by its name; by default that of their region, if it has
+    one."""
+    scale: float = 1.0
+    """Resolution of the painted image over the training's: 1, 0.5, 0.25, 0.125; 2 and 4 too where
+    the run's noise is mollified (preset paper)."""
+    steps: int = 20
+    """Evaluations of the denoiser; guidance evaluates twice in each. Both papers took 50."""
+    seed: int = 0
+    """Another seed paints another image after the same condition."""
+    guidance: float = 1.5
+    """Classifier-free guidance; 1 is the condition alone, and twice as fast. Patch diffusion was
+    published with 3."""
+    solver: Literal["dpm++2m", "ddim", "ancestral"] = "dpm++2m"
+    """How a step is taken: of second order, of first, or with fresh noise (which wants 100
+    steps)."""
+    eta: float | None = None
+    """With --solver ddim: how much fresh noise a step adds, from 0 (none, the default) to 1
+    (ancestral)."""
+    tile: str = "auto"
+    """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
+    overlap: float | None = None
+    """Patch diffusion only: how much of a window its neighbours overlap; by default 0.75, as
+    published."""
+    format: tuple[Literal["ome-tiff", "tiff", "cog", "zarr"], ...] = ("ome-tiff",)
+    """What to write beside the OME-Zarr image."""
+    share: str = "1/1"
+    """K/N paints the K-th of N shares of the regions: several jobs paint side by side."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N."""
+    dry_run: bool = False
+    """Print the plan and stop."""

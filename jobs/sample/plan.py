@@ -1,0 +1,136 @@
+"""A sample command, resolved against its run and its store: what is painted, and how."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from conditioning.encoders import choose_device
+from jobs.painting import Recipe
+from jobs.run import Run, RunConfig
+from jobs.sample.options import Sample
+from jobs.subject import RegionSubject, Subject, regions_for, subjects_without_condition
+from model.config import DenoiserConfig
+from model.lattice import at_level
+from model.solver import make_solver
+from pipeline.store import Store
+
+SCALES = {2.0**-level: level for level in range(-2, 4)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sample command, resolved: one recipe, several subjects."""
+
+    config: RunConfig
+    subjects: tuple[Subject, ...]
+    recipe: Recipe
+    size_px: tuple[int, int]
+    tile: int
+    device: torch.device
+
+
+def make_plan(options: Sample) -> Plan:
+    """Resolve the options against the run and the store."""
+    config = Run(options.run).config()
+    if options.scale not in SCALES:
+        raise ValueError(f"--scale takes 4, 2, 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
+    _check_label(options.label, config)
+    subjects = _share(options.share, _subjects(options, config))
+    size_px = subjects[0].size_px
+    level, coarse = SCALES[options.scale], config.denoiser.cell_px
+    device = choose_device(options.device)
+    overlap = config.denoiser.overlap(options.overlap, *size_px, level)
+    make_solver(options.solver, options.eta)
+    # The field is whole coarse cells; what lies beyond the asked size is painted and cut off.
+    recipe = Recipe(
+        at_level(-(-size_px[0] // coarse) * coarse, level),
+        at_level(-(-size_px[1] // coarse) * coarse, level),
+        options.steps,
+        options.seed,
+        options.guidance,
+        options.solver,
+        level,
+        overlap,
+        options.eta or None,
+    )
+    if options.steps < 1:
+        raise ValueError(f"--steps takes a positive number, not {options.steps}")
+    tile = _tile(options.tile, device, config.denoiser, level)
+    return Plan(config, tuple(subjects), recipe, size_px, tile, device)
+
+
+def _subjects(options: Sample, config: RunConfig) -> Sequence[Subject]:
+    """What is to be painted after; a `ValueError` for options that contradict each other."""
+    if options.unconditional is not None:
+        if options.condition is not None or options.region:
+            raise ValueError(
+                "--unconditional paints after no region; leave --condition and --region out, or "
+                "--unconditional"
+            )
+        size_px = _size(options.size, config.packs.side_px)
+        run, number = Run(options.run), options.unconditional
+        return subjects_without_condition(
+            run, config, number, options.seed, size_px, options.label
+        )
+    if options.condition is None:
+        raise ValueError(
+            "--condition is missing: name the dataset store whose regions the images are painted "
+            "after, or ask for --unconditional N images of a run with a latent model"
+        )
+    store = Store.open(options.condition)
+    regions = regions_for(store, config, options.region)
+    size_px = _size(options.size, regions[0].side)
+    return [
+        RegionSubject(store, config, region, options.seed, size_px, options.fill, options.label)
+        for region in regions
+    ]
+
+
+def _check_label(label: str | None, config: RunConfig) -> None:
+    """A `ValueError` for a class that the run does not know."""
+    if label is None:
+        return
+    if not config.denoiser.classes:
+        raise ValueError(
+            f"--label {label} was asked for, but the run was trained without labels; ingest a CSV "
+            "with a column label, pack and train again, or leave --label out"
+        )
+    if label not in config.packs.classes:
+        raise ValueError(
+            f"--label {label} is none of the run's classes, which are "
+            f"{', '.join(config.packs.classes)}"
+        )
+
+
+def _size(text: str, side: int) -> tuple[int, int]:
+    if text == "region":
+        return side, side
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--size takes a side like 4096 or HxW like 4096x8192, not {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _share(text: str, subjects: Sequence[Subject]) -> Sequence[Subject]:
+    """Every N-th image from the K-th on."""
+    number, slash, shares = text.partition("/")
+    if not (slash and number.isdecimal() and shares.isdecimal() and int(number) >= 1):
+        raise ValueError(f"--share takes K/N like 2/5, not {text!r}")
+    if int(number) > int(shares):
+        raise ValueError(f"--share {text} asks for more than the last of {shares} shares")
+    if int(shares) > len(subjects):
+        raise ValueError(
+            f"--share {text} leaves shares without an image: there are {len(subjects)}; name more "
+            "with --region (or --unconditional) or ask for fewer shares (SLURM: --array)"
+        )
+    return subjects[int(number) - 1 :: int(shares)]
+
+
+def _tile(text: str, device: torch.device, denoiser: DenoiserConfig, level: int) -> int:
+    if text == "auto":
+        suits = denoiser.tile_px(device.type == "cuda")
+        return max(suits, at_level(denoiser.cell_px, level))
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--tile takes auto or a side in pixels, not {text!r}")
+    return int(text)

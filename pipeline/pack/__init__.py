@@ -1,0 +1,5 @@
+"""The random draws of training, done once, as WebDataset shards."""
+
+from pipeline.pack.command import main
+
+__all__ = ["main"]

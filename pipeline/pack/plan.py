@@ -1,0 +1,205 @@
+"""What python -m pipeline.pack takes, resolved against its store."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from model.design import Design, Extent, make_design
+from pipeline.packfile import (
+    PackSettings,
+    extent_of,
+)
+from pipeline.store import Region, Store
+
+SHARD_BYTES = 256 * 2**20
+MOST_SMOOTH_PX = 64.0
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Draw cells from every region of a store, many times, into WebDataset shards for training.
+
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs --size-gb 50
+        python -m pipeline.pack dataset.zarr --encoder encoder --out packs --packs-per-region 8
+
+    The same command again finishes what is missing.
+    """
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """The dataset store, already embedded."""
+    encoder: str
+    """Which embeddings condition the regions: an encoder's key, name or folder."""
+    out: Path
+    """Folder of the packs."""
+    points: int = 65_536
+    """Values drawn from one region for one sample, however large the region."""
+    packs_per_region: str = "auto"
+    """Draws of each region, or auto: enough to score every pixel once, within --size-gb."""
+    size_gb: float = 4.0
+    """Most that auto may write, in GB."""
+    design: str = "zoom"
+    """Which cells are drawn. zoom: the coarse lattice and chains of nested windows. uniform:
+    random pixels, disjoint from draw to draw until a region is used up. mixed: half random pixels,
+    half stacks of nested windows. sobol: pixels under a scrambled Sobol sequence. patch (for
+    --preset patch of jobs.train): one embedded tile of pixels a draw."""
+    window: int | None = None
+    """Side of a window in cells; by default 48 for zoom, 32 for mixed and 256 for patch."""
+    halo: int | None = None
+    """Cells at a window's rim that are not scored; for zoom at least the denoiser's halo, 6."""
+    lattice: bool = False
+    """Let uniform, mixed or sobol draws hold the coarse lattice too, within --points; zoom always
+    does."""
+    uniform_part: float | None = None
+    """Least part of a mixed draw that is random pixels; 0.5 by default."""
+    mollifier: float = 0.0
+    """Smooth the pixels before the draw by a Gaussian of this many px; 0 does not, the papers'
+    is 1."""
+    coarse_level: int = 5
+    """Level of the coarse lattice: cells of 2^level pixels."""
+    seed: int = 0
+    """Another seed draws other cells."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pack command, resolved; `labels` are the classes of images."""
+
+    settings: PackSettings
+    regions: tuple[Region, ...]
+    region_bytes: int
+    labels: dict[str, str]
+
+    @property
+    def shards(self) -> list[tuple[Region, ...]]:
+        """The regions of every tar shard."""
+        size = max(SHARD_BYTES // self.region_bytes, 1)
+        return [self.regions[i : i + size] for i in range(0, len(self.regions), size)]
+
+
+def make_plan(options: Pack) -> Plan:
+    """Resolve the options against the store."""
+    if not 1 <= options.coarse_level <= 8:
+        raise ValueError(
+            f"--coarse-level takes a level from 1 to 8 (cells of 2 to 256 px), not "
+            f"{options.coarse_level}"
+        )
+    if not 0.0 <= options.mollifier <= MOST_SMOOTH_PX:
+        raise ValueError(
+            f"--mollifier takes a width from 0 (none) to {MOST_SMOOTH_PX:g} px, not "
+            f"{options.mollifier:g}"
+        )
+    design = make_design(
+        options.design,
+        points=options.points,
+        coarse_level=options.coarse_level,
+        window=options.window,
+        halo=options.halo,
+        lattice=options.lattice,
+        uniform_part=options.uniform_part,
+    )
+    store = Store.open(options.store)
+    regions = store.regions()
+    if not regions:
+        raise ValueError(f"{options.store} has no regions; ingest it with a smaller --region")
+    side = store.spec.region
+    if side % (1 << options.coarse_level):
+        raise ValueError(
+            f"regions of {side} px do not divide into coarse cells of "
+            f"{1 << options.coarse_level} px; "
+            "ingest with a --region that does"
+        )
+    extent = Extent(side, side)
+    cells = design.num_cells(extent)
+    key = store.resolve_encoder(options.encoder)
+    regions, lattices, token_values = _drawable(store, key, regions, design)
+    if not any(region.split == "train" for region in regions):
+        raise ValueError(
+            f"none of the {len(regions)} regions of {options.store} that hold a draw is in the "
+            "train split; ingest with a split that leaves some to learn from"
+        )
+    channels = len(store.spec.bands)
+    pack_bytes = 2 * channels * cells
+    lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
+    fixed_bytes = 2 * token_values + lattice_bytes + 4096
+    wanted = design.draws_to_cover(extent)
+    packs = _packs_per_region(options, wanted, len(regions), pack_bytes, fixed_bytes)
+    chosen = asdict(design)  # type: ignore[call-overload]
+    labels = store.classes()
+    trained = {region.image for region in regions if region.split == "train"}
+    settings = PackSettings(
+        store=str(options.store),
+        store_fingerprint=store.fingerprint(),
+        encoder_key=key,
+        lattices=lattices,
+        design=options.design,
+        points=options.points,
+        coarse_level=options.coarse_level,
+        window=chosen.get("window"),
+        halo=chosen.get("halo"),
+        packs_per_region=packs,
+        seed=options.seed,
+        side_px=side,
+        unit=store.spec.unit,
+        spacing=store.spec.spacing,
+        bands=store.spec.bands,
+        dtype=store.spec.dtype,
+        lattice=chosen.get("lattice", False),
+        uniform_part=chosen.get("uniform_part"),
+        mollifier_sigma_px=options.mollifier,
+        classes=tuple(sorted({labels[image] for image in trained & set(labels)})),
+    )
+    return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes, labels)
+
+
+def _packs_per_region(
+    options: Pack, wanted: int, regions: int, pack_bytes: int, fixed_bytes: int
+) -> int:
+    if options.packs_per_region != "auto":
+        if not options.packs_per_region.isdecimal() or int(options.packs_per_region) < 1:
+            raise ValueError(
+                "--packs-per-region takes auto or a positive number, not "
+                f"{options.packs_per_region!r}"
+            )
+        return int(options.packs_per_region)
+    within = int((options.size_gb * 1e9 / regions - fixed_bytes) // pack_bytes)
+    return max(min(wanted, within), 1)
+
+
+def _drawable(
+    store: Store, key: str, regions: Sequence[Region], design: Design
+) -> tuple[list[Region], tuple[tuple[int, int, int], ...], int]:
+    """The regions that hold something to draw, the token lattices that condition the design and
+    that all of these have, finest first, and how many values they hold.
+    """
+    kept: list[Region] = []
+    common: dict[int, tuple[int, int]] | None = None
+    dim = 0
+    for region in regions:
+        found, fits = {}, True
+        for lattice in store.region_tokens(key, region):
+            footprint = lattice.footprint_px
+            if footprint <= region.side and design.footprint_px in (None, footprint):
+                found[footprint] = lattice.values.shape[:2]
+                dim = lattice.values.shape[2]
+                first = (lattice.y_px, lattice.x_px)
+                fits &= design.fits(extent_of(region.side, footprint, first))
+        if fits:
+            kept.append(region)
+            common = (
+                found if common is None else {f: g for f, g in common.items() if found.get(f) == g}
+            )
+    if not common:
+        wanted = design.footprint_px
+        raise ValueError(
+            f"no footprint of encoder {key} covers every region of {store.path} alike; "
+            "embed with a --footprint that divides the regions' side and stride"
+            + (f": patches of {wanted} px need --footprint {wanted}" if wanted else "")
+        )
+    lattices = tuple((f, int(gy), int(gx)) for f, (gy, gx) in sorted(common.items()))
+    return kept, lattices, dim * sum(gy * gx for _, gy, gx in lattices)
