@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt
 
 PATCH_PX = 24
+MAX_FINE_PX = 1024
 PLACES = (0.5, 0.25, 0.75)
 LEAST_TEXTURE = 0.01  # of the type's range, between what is picked and what is averaged
 CLEARLY = 0.5
@@ -35,7 +36,8 @@ def is_picked(
     `read` reads (y, x, height, width, level); where it raises one of `errors`, another place
     decides.
     """
-    height, width = (min(PATCH_PX, side) for side in level_shape)
+    most = max(1, min(PATCH_PX, MAX_FINE_PX // step))
+    height, width = (min(most, side) for side in level_shape)
     for down, across in itertools.product(PLACES, repeat=2):
         y, x = int((level_shape[0] - height) * down), int((level_shape[1] - width) * across)
         try:
