@@ -32,11 +32,12 @@ from pipeline.coordinate import choose_regions, count_shards, run_jobs, run_prev
 from pipeline.lock import hold_lock
 from pipeline.plan import Plan, describe_plan, make_plan, needed_bytes
 from pipeline.regions import CELL_PX
+from pipeline.sources import Labels
 from pipeline.store import Store
 
 LOCK_NAME = ".ingest.lock"
 AUTO = " (auto: the largest power of two of which one passes)"
-MIN_FRACTIONS = {"um": 0.25, "m": 0.9}  # glass is content, missing data is not
+MIN_FRACTIONS = {"um": 0.25, "m": 0.9, "px": 0.9}  # glass is content, missing data is not
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Options:
 
         python -m pipeline.ingest slides/ --out dataset.zarr --region auto
         python -m pipeline.ingest 'naip/m_*.tif' --out naip.zarr --gsd 0.6 --region 1024
-        python -m pipeline.ingest cohort.csv --out cohort.zarr --mpp 1 --cluster slurm --workers 8
+        python -m pipeline.ingest faces/ --out faces.zarr --pixels 1 --labels folders --region 1024
 
     The same command again finishes what is missing and repeats nothing.
     """
@@ -61,10 +62,18 @@ class Options:
     """Target resolution of slides in µm per pixel; without it, the coarsest native one."""
     gsd: float | None = None
     """Target resolution of aerial images in m per pixel."""
+    pixels: float | None = None
+    """Plain pictures (faces, photographs), measured by pixels: how many of a file's become one.
+    1 keeps them as they are.
+    """
     source_mpp: float | None = None
     """What a slide's pixels measure in µm, instead of what its file says or lacks."""
     source_gsd: float | None = None
     """What an aerial image's pixels measure in m, instead of what its file says or lacks."""
+    labels: Labels = "csv"
+    """Where classes come from: csv (its column label), or folders: an image's class is the name
+    of the folder that it lies in, unless a CSV says another.
+    """
     region: str = "4096"
     """Side in px of the regions to learn from; auto: the largest power of two that passes."""
     stride: int | None = None
@@ -90,15 +99,17 @@ def ingest(options: Options) -> int:
     # A process killed at its very start leaves a folder with nothing but a lock.
     begun = out.exists() and any(not i.name.startswith(LOCK_NAME) for i in out.iterdir())
     store = Store.open(out) if begun else None
-    target, unit = (options.gsd, "m") if options.gsd is not None else (options.mpp, "um")
+    targets = {"um": options.mpp, "m": options.gsd, "px": options.pixels}
+    unit = next((unit for unit, target in targets.items() if target is not None), None)
     plan = make_plan(
         options.inputs,
-        target,
-        unit if target is not None else None,
+        targets[unit] if unit else None,
+        unit,
         options.source_mpp,
         options.source_gsd,
         region,
         store,
+        options.labels,
     )
     done = _done_before(plan, store)
     missing = [job for job in plan.jobs if job.image_id not in done]
@@ -148,11 +159,14 @@ def _check(options: Options) -> int:
     """The wanted side of regions, 0 for auto; a `ValueError` for options that make no sense."""
     if not options.inputs:
         raise ValueError("no input is named; name files, folders, globs or a CSV")
-    if options.mpp is not None and options.gsd is not None:
-        raise ValueError("--mpp and --gsd are both given and a store has one unit; give one")
+    targets = {"--mpp": options.mpp, "--gsd": options.gsd, "--pixels": options.pixels}
+    given = [name for name, target in targets.items() if target is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} are both given and a store has one unit; give one"
+        )
     lengths = {
-        "--mpp": options.mpp,
-        "--gsd": options.gsd,
+        **targets,
         "--source-mpp": options.source_mpp,
         "--source-gsd": options.source_gsd,
     }

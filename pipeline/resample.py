@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt
 
 from pipeline.readers import Reader, UnreadableError
-from pipeline.readers.protocol import NAMES
+from pipeline.readers.protocol import NAMES, SpacingUnit
 
 SAME_SPACING = 1e-3
 EDGE_TOLERANCE_PX = 1e-6
@@ -69,32 +70,84 @@ def area_mean(
     return mean
 
 
+class FinerThanFileError(UnreadableError):
+    """The target is finer than the file, and detail cannot be made up."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """What an image at another resolution is planned from, of the reader of the file."""
+
+    path: Path
+    unit: SpacingUnit
+    spacing: float
+    bands: int
+    downsamples: tuple[int, ...]
+    level_shapes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, reader: Reader) -> Native:
+        """That of an open reader."""
+        shapes = tuple(reader.level_shape(level) for level in range(len(reader.downsamples)))
+        return cls(
+            reader.path,
+            reader.unit,
+            reader.spacing,
+            reader.shape[0],
+            reader.downsamples,
+            shapes,
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Level `level` of a file, reduced by `factor`, is an image of `shape` (c, h, w); a pixel of
+    it is `scale` level-0 pixels of the file.
+    """
+
+    level: int
+    factor: float
+    scale: float
+    shape: tuple[int, int, int]
+
+
+def choose_sampling(native: Native, spacing: float) -> Sampling:
+    """How `native` becomes an image at `spacing` (in its unit).
+
+    Raises a `FinerThanFileError` where that is finer than the file.
+    """
+    total = spacing / native.spacing
+    if total < 1 - SAME_SPACING:
+        name = NAMES[native.unit]
+        raise FinerThanFileError(
+            f"{native.path} has {name} {native.spacing:g} and the target is {spacing:g}, finer "
+            "than the file, which would invent detail; the finest that works is "
+            f"--{name} {native.spacing:g}"
+        )
+    fitting = [k for k, d in enumerate(native.downsamples) if d <= total * (1 + SAME_SPACING)]
+    level = max(fitting)
+    factor = total / native.downsamples[level]
+    factor = 1.0 if abs(factor - 1) <= SAME_SPACING else factor
+    height, width = (
+        max(1, math.floor(side / factor + EDGE_TOLERANCE_PX))
+        for side in native.level_shapes[level]
+    )
+    scale = factor * native.downsamples[level]
+    return Sampling(level, factor, scale, (native.bands, height, width))
+
+
 class Resampled:
     """`reader` at `spacing` (in its unit): an image of shape (c, h, w) that is read by box.
 
-    Raises an `UnreadableError` when the target is finer than the file: detail cannot be made up.
+    Raises what `choose_sampling` raises.
     """
 
     def __init__(self, reader: Reader, spacing: float) -> None:
-        total = spacing / reader.spacing
-        if total < 1 - SAME_SPACING:
-            name = NAMES[reader.unit]
-            raise UnreadableError(
-                f"{reader.path} has {name} {reader.spacing:g} and the target is {spacing:g}, "
-                "finer than the file, "
-                f"which would invent detail; the finest that works is --{name} {reader.spacing:g}"
-            )
-        fitting = [k for k, d in enumerate(reader.downsamples) if d <= total * (1 + SAME_SPACING)]
+        sampling = choose_sampling(Native.of(reader), spacing)
         self.reader = reader
-        self.level = max(fitting)
-        factor = total / reader.downsamples[self.level]
-        self.factor = 1.0 if abs(factor - 1) <= SAME_SPACING else factor
+        self.level, self.factor, self.scale = sampling.level, sampling.factor, sampling.scale
+        self.shape = sampling.shape
         self._source_shape = reader.level_shape(self.level)
-        height, width = (
-            max(1, math.floor(side / self.factor + EDGE_TOLERANCE_PX))
-            for side in self._source_shape
-        )
-        self.shape = (reader.shape[0], height, width)
 
     def read(self, y: int, x: int, height: int, width: int) -> UInt[np.ndarray, "c h w"]:
         """The pixels of a box, rounded to nearest; memory does not grow with the factor."""
@@ -110,7 +163,7 @@ class Resampled:
 
     def read_valid(self, y: int, x: int, height: int, width: int) -> Bool[np.ndarray, "h w"]:
         """Which pixels of a box are means of nothing but data."""
-        scale = self.factor * self.reader.downsamples[self.level]
+        scale = self.scale
         if scale == 1.0:
             return self.reader.read_valid(y, x, height, width)
         valid = np.empty((height, width), bool)

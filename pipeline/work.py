@@ -14,14 +14,15 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt, UInt16
 
 from pipeline.ome import OmeImage
+from pipeline.places import place_attributes
 from pipeline.plan import ImageJob
-from pipeline.readers import TileError, open_reader
+from pipeline.readers import TileError
 from pipeline.regions import CELL_PX
 from pipeline.resample import Resampled
 from pipeline.store import UNITS, Store
@@ -49,8 +50,9 @@ def open_template(store_path: Path, job: ImageJob) -> OmeImage:
     """The image of `job` in the store, laid out if it was not."""
     store = Store.open(store_path)
     source = job.source
-    with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
-        kind, attributes = reader.mask_kind, _georeference(reader.attributes, job)
+    with source.open() as reader:
+        scale = Resampled(reader, job.spacing).scale
+        kind, attributes = reader.mask_kind, place_attributes(reader.attributes, scale)
     provenance = {
         "source": str(source.path),
         "native_spacing": job.native_spacing,
@@ -118,8 +120,7 @@ def finish_image(store_path: Path, job: ImageJob) -> list[Outcome]:
 def _write_shards(
     store: Store, job: ImageJob, image: OmeImage, keys: list[tuple[int, int]]
 ) -> None:
-    source = job.source
-    with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
+    with job.source.open() as reader:
         target = Resampled(reader, job.spacing)
         label = store.label(job.image_id)
         for key in keys:
@@ -190,16 +191,3 @@ def _count_valid(label: OmeImage) -> UInt16[np.ndarray, "gy gx"]:
         sums = np.add.reduceat(rows, np.arange(0, len(rows), CELL_PX), axis=0, dtype=np.uint16)
         bands.append(np.add.reduceat(sums, columns, axis=1, dtype=np.uint16))
     return np.concatenate(bands)
-
-
-def _georeference(attributes: dict[str, Any], job: ImageJob) -> dict[str, Any]:
-    """What the reader keeps, its transform scaled to the target's pixels."""
-    transform = attributes.get("spatial:transform")
-    if transform is None:
-        return attributes
-    scale = job.spacing / job.native_spacing
-    a, b, c, d, e, f = transform
-    return {
-        **attributes,
-        "spatial:transform": [a * scale, b * scale, c, d * scale, e * scale, f],
-    }

@@ -1,9 +1,10 @@
 """What bad input gets: one state and one true sentence each; and the good slide is untouched.
 
-The real files are those of ../shared/data/nasty; the generated ones state the same laws without.
+These files are generated; test_nasty_folder.py does the same with real ones.
 """
 
 import json
+import re
 import subprocess
 import sys
 import zlib
@@ -26,8 +27,8 @@ from pipeline.coordinate import run_jobs
 from pipeline.ome import MissingShardError
 from pipeline.plan import make_plan
 from pipeline.readers import TileError, UnreadableError, open_reader
-from pipeline.sources import find_sources
 from pipeline.store import Store
+from pipeline.table import find_sources
 from pipeline.work import Outcome
 
 MOST_MEMORY_GIB = 2.0
@@ -37,37 +38,6 @@ PEAK = (
     "peak = re.search('VmHWM:(.*)kB', open('/proc/self/status').read())[1];"
     "print('peak KiB', peak.strip()); sys.exit(code)"
 )
-# What is wrong with every file, by a word that its sentence must hold.
-SLIDE_TRUTHS = {
-    "all_white_2048.tif": "does not say its mpp",
-    "deflate_bomb_one_16384_tile_805MB.tif": "tiles of 805 MB",
-    "generic_anisotropic_mpp.tif": "pixels of 1 × 0.5 µm",
-    "generic_bogus_72dpi_mpp.tif": "72 dots per inch",
-    "ifd_loop.tif": "claims 512 × 512 pixels",
-    "mpp_garbage.svs": "aperio.MPP is 'abc'",
-    "mpp_missing.svs": "does not say its mpp",
-    "mpp_nan.svs": "aperio.MPP is 'nan'",
-    "one_pixel.tif": "does not say its mpp",
-    "one_pixel_high_2048x1.tif": "does not say its mpp",
-    "png_bomb_50000x50000.png": "claims 50000 × 50000 pixels",
-    "png_named.svs": "does not say its mpp",
-    "pyramid_level_bigger_than_base.tif": "does not say its mpp",
-    "random_bytes.svs": "data of no known kind",
-    "rgb_uint16_tiled.tif": "does not say its mpp",
-    "text_named.svs": "is text",
-    "tiff_magic_only.svs": "TIFF of 4 bytes",
-    "truncated_25pct.svs": "cut off",
-    "truncated_95pct.svs": "cut off",
-    "zero_byte.mrxs": "0 bytes",
-    "zero_byte.ndpi": "0 bytes",
-}
-# Read for what they are, whatever they look like: a decimal comma, another name, no name, glass.
-USABLE = {
-    "mpp_decimal_comma.svs",
-    "valid_svs_named.jpg",
-    "valid_svs_no_extension",
-    "background_only_4096_real_glass.svs",
-}
 
 
 def ingest_measured(*arguments: object) -> tuple[int, str, float]:
@@ -88,82 +58,6 @@ def check_good_is_untouched(folder: Path, alone: Path, good: str) -> None:
     assert all(np.array_equal(ours[place], theirs[place]) for place in theirs)
     assert np.array_equal(mixed.coverage(name), own.coverage(name))
     assert Path(mixed.image_state(name)["source"]).name == good  # type: ignore[index]
-
-
-@pytest.mark.timeout(180)
-def test_every_nasty_slide_ends_in_one_true_sentence(shared_data: Path, tmp_path: Path) -> None:
-    folder, good = tmp_path / "slides", "0 good.svs"
-    folder.mkdir()
-    for path in (shared_data / "nasty" / "slides").iterdir():
-        (folder / path.name).symlink_to(path)
-    (folder / good).symlink_to(shared_data / "slides" / "CMU-1-Small-Region.svs")
-    alone, mixed = tmp_path / "alone.zarr", tmp_path / "mixed.zarr"
-    options = ("--region", "auto", "--mpp", "0.5037")
-    assert ingest(folder / good, "--out", alone, "--cluster", "inline", *options) == 0
-    code, said, peak_gib = ingest_measured(folder, "--out", mixed, *options)
-    assert code == 3 and "Traceback" not in said, said
-    assert peak_gib < MOST_MEMORY_GIB
-    check_good_is_untouched(mixed, alone, good)
-    states = list(Store.open(mixed).image_states().values())
-    failed = {Path(s["source"]).name: s["reason"] for s in states if s["state"] == "failed"}
-    assert failed.keys() == SLIDE_TRUTHS.keys()
-    for name, truth in SLIDE_TRUTHS.items():
-        assert truth in failed[name] and name in failed[name]
-        assert "\n" not in failed[name]
-        assert said.count(f"failed: {failed[name]}\n") == 1
-    same = {"valid_svs_named.jpg", "valid_svs_no_extension"}
-    assert {Path(s["source"]).name for s in states} == ({good, *SLIDE_TRUTHS, *USABLE} - same)
-    assert all(f"{folder / name} has the same content as" in said for name in same)
-    assert {p.name for p in (shared_data / "nasty" / "slides").iterdir()} == (
-        SLIDE_TRUTHS.keys() | USABLE
-    )
-
-
-@pytest.mark.timeout(180)
-def test_nasty_slides_whose_mpp_is_given_break_nothing(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One pixel, one row, white, a pyramid upside down: each is ok or empty, and no task dies."""
-    folder, out = tmp_path / "slides", tmp_path / "o.zarr"
-    folder.mkdir()
-    for name in sorted(n for n, truth in SLIDE_TRUTHS.items() if "mpp" in truth.lower()):
-        (folder / name).symlink_to(shared_data / "nasty" / "slides" / name)
-    odd = folder / "rgb_uint16_tiled.tif"
-    command = (folder, "--out", out, "--region", "auto", "--source-mpp", "0.5")
-    assert ingest(*command, "--cluster", "inline") == 2
-    said = capsys.readouterr().err
-    assert "one store holds one kind" in said and odd.name in said
-    odd.unlink()
-    code, said, peak_gib = ingest_measured(*command)
-    assert (code, "Traceback" in said) == (0, False) and peak_gib < MOST_MEMORY_GIB
-    ends = {Path(s["source"]).name: s["state"] for s in Store.open(out).image_states().values()}
-    assert ends.pop("all_white_2048.tif") == "empty"
-    assert len(ends) >= 6 and set(ends.values()) <= {"ok", "empty"}
-
-
-@pytest.mark.timeout(120)
-def test_nasty_aerial_images_do_not_stop_a_good_one(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, nasty = tmp_path / "aerial", shared_data / "nasty" / "geotiff"
-    folder.mkdir()
-    assert ingest(nasty, "--out", tmp_path / "x.zarr", "--region", "auto") == 2
-    assert "here are 3" in capsys.readouterr().err
-    for path in nasty.iterdir():
-        try:
-            with open_reader(path) as reader:
-                fits = (len(reader.bands), reader.dtype, reader.spacing) == (4, "uint8", 5.0)
-        except UnreadableError:
-            fits = True
-        if fits:
-            (folder / path.name).symlink_to(path)
-    out = tmp_path / "o.zarr"
-    code, said, peak_gib = ingest_measured(folder, "--out", out, "--region", "auto")
-    assert code == 3 and "Traceback" not in said and peak_gib < MOST_MEMORY_GIB
-    states = {Path(s["source"]).name: s for s in Store.open(out).image_states().values()}
-    assert states["ok_rgbn_uint8.tif"]["state"] == "ok"
-    assert "tile at y=248, x=0" in states["truncated_99pct.tif"]["reason"]
-    assert {s["state"] for s in states.values()} == {"ok", "failed"}
 
 
 def generated(folder: Path) -> dict[str, str]:
@@ -189,7 +83,30 @@ def generated(folder: Path) -> dict[str, str]:
     tifffile.imwrite(folder / "cut.tif", pixels, **stored, **resolution)
     whole = (folder / "cut.tif").read_bytes()
     (folder / "cut.tif").write_bytes(whole[:-1000])
+    um: dict[str, Any] = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    planes = np.stack([pixels[..., 0]] * 4)
+    stains = {"Channel": {"Name": ["DAPI", "FITC", "Cy3", "Cy5"]}}
+    tifffile.imwrite(folder / "stains.ome.tif", planes, metadata={"axes": "CYX", **stains, **um})
+    tifffile.imwrite(folder / "depth.ome.tif", planes, metadata={"axes": "ZYX", **um})
+    claim = {"tile": (512, 512), "photometric": "rgb", "compression": "jpeg"}
+    picture = folder / "picture.ome.tif"
+    tifffile.imwrite(picture, pixels, metadata={"axes": "YXS", **um}, **claim)
+    lie = bytearray(picture.read_bytes())
+    size = lie.rindex(b"\xff\xc0") + 5
+    lie[size : size + 4] = b"\xff\xff\xff\xff"
+    picture.write_bytes(lie)
+    remote = "<SourceFilename>/vsicurl/http://192.0.2.1/a.tif</SourceFilename>"
+    (folder / "remote.vrt").write_text(
+        f'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand band="1"><SimpleSource>'
+        f"{remote}</SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    (folder / "gone.tif").symlink_to(folder / "nowhere.tif")
     return {
+        "stains.ome.tif": "4 channel(s) (dapi, fitc, cy3, cy5)",
+        "depth.ome.tif": "4 planes in depth",
+        "picture.ome.tif": "its picture claims 65535 × 65535 pixels",
+        "remote.vrt": "points to '/vsicurl/http://192.0.2.1/a.tif'",
+        "gone.tif": "is not a file",
         "empty.ndpi": "0 bytes",
         "text.svs": "is text",
         "random.tif": "data of no known kind",
@@ -235,12 +152,62 @@ def test_generated_bad_files_each_end_in_one_true_sentence(
     assert states.keys() == truths.keys()
     for name, truth in truths.items():
         assert truth in states[name]["reason"] and name in states[name]["reason"]
-    (folder / "good.svs").unlink()
+    for name in ("good.svs", "picture.ome.tif"):  # what only fails when its pixels are read
+        (folder / name).unlink()
+    del truths["picture.ome.tif"], states["picture.ome.tif"]
     assert ingest(folder, "--out", tmp_path / "none.zarr", *options) == 2
     said = capsys.readouterr().err
     assert f"none of {len(truths)} inputs can be used" in said
     assert all(state["reason"] in said for state in states.values())
     assert not (tmp_path / "none.zarr").exists()
+
+
+NAMES = (
+    "..",
+    ".. ..",
+    "..%2F..%2Fescaped",
+    "../" * 3,
+    " spaces  and\ttabs ",
+    "Prälevé № 7 – ß漢字🧬",
+    "-rf *",
+    "a" * 251,
+    "é" * 125,
+    "new\nline",
+    "$(touch gone) `id` ; 'quote\"",
+    "CON",
+)
+
+
+def test_no_name_of_a_file_leads_out_of_the_store(tmp_path: Path) -> None:
+    """Dots, spaces, other alphabets, 255 bytes: each is an image of its own, of a name that is
+    safe, and nothing else comes to be anywhere.
+    """
+    folder, out = tmp_path / "in" / "deep" / "slides", tmp_path / "out" / "o.zarr"
+    folder.mkdir(parents=True)
+    out.parent.mkdir()
+    names = [f"{name.replace('/', '∕')}.tif" for name in NAMES]
+    assert max(len(name.encode()) for name in names) >= 254
+    for i, name in enumerate(names):
+        write_slide(folder / name, draw_slide(270, 280 + i))
+    (folder / "sub").mkdir()
+    write_slide(folder / "sub" / names[-1], draw_slide(270, 279))
+    hidden = [folder / name for name in names if name.startswith(".")]  # only when named
+    assert len(hidden) == 4
+    before = {p for p in tmp_path.rglob("*") if not p.is_relative_to(out)}
+    command = (folder, *hidden, "--out", out, "--region", "auto", "--cluster", "inline")
+    assert ingest(*command) == 0
+    assert {p for p in tmp_path.rglob("*") if not p.is_relative_to(out)} == before
+    states = Store.open(out).image_states()
+    assert {s["state"] for s in states.values()} == {"ok"} and len(states) == len(names) + 1
+    assert sorted(Path(s["source"]).name for s in states.values()) == sorted([*names, names[-1]])
+    for image in states:
+        assert re.fullmatch(r"[A-Za-z0-9_-]{1,57}", image)
+    inside = {p.relative_to(out).parts for p in out.rglob("*")}
+    assert {parts[1] for parts in inside if parts[0] == "images" and len(parts) > 1} == {
+        *states,
+        "zarr.json",
+    }
+    assert ingest(*command) == 0 and Store.open(out).image_states() == states
 
 
 BASE = "base.tif"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from sparse import alone, normal, points_of, shuffled
+from sparse_points import alone, normal, points_of, shuffled
 from torch import Tensor
 
 from model.attention import Condition

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from fields import condition
-from sparse import SIZES_PX, alone, normal, points_of, shuffled
+from sparse_points import SIZES_PX, alone, normal, points_of, shuffled
 from torch import Tensor, nn
 
 from model.attention import Condition, TokenEncoder, Tokens, look_up

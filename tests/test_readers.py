@@ -2,8 +2,6 @@
 wrong.
 """
 
-import http.server
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -268,38 +266,6 @@ def test_headers_that_lie_are_refused_before_memory_is_asked_for(tmp_path: Path)
     for name, problem in problems.items():
         with pytest.raises(UnreadableError, match=problem):
             open_reader(tmp_path / name)
-
-
-def test_a_vrt_does_not_reach_the_network(tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"/vsicurl/http://127.0.0.1:{server.server_port}/a.tif"
-        source = f"<SourceFilename>{url}</SourceFilename><SourceBand>1</SourceBand>"
-        band = f"<SimpleSource>{source}</SimpleSource>"
-        bands = "".join(
-            f'<VRTRasterBand dataType="Byte" band="{i}">{band}</VRTRasterBand>' for i in (1, 2, 3)
-        )
-        text = f'<VRTDataset rasterXSize="64" rasterYSize="64">{bands}</VRTDataset>'
-        (tmp_path / "remote.vrt").write_text(text)
-        with (
-            pytest.raises((UnreadableError, TileError)),
-            open_reader(tmp_path / "remote.vrt", source_gsd=0.6) as reader,
-        ):
-            reader.read(0, 0, 64, 64)
-        server.shutdown()
-    assert asked == []
 
 
 @pytest.mark.timeout(120)

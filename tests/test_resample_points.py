@@ -4,7 +4,7 @@ lattice is read back in place, neither transposed nor stretched.
 
 import pytest
 import torch
-from sparse import SIZES_PX, alone, normal, points_of, shuffled
+from sparse_points import SIZES_PX, alone, normal, points_of, shuffled
 
 from model.nearest import nearest
 from model.points import Points, full_lattice

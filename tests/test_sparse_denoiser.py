@@ -13,7 +13,7 @@ import pytest
 import torch
 from fields import condition as token_lattice
 from fields import levels_of
-from sparse import normal, points_of, shuffled
+from sparse_points import normal, points_of, shuffled
 from torch import Tensor, nn
 
 import model.mollify

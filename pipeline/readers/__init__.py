@@ -1,5 +1,5 @@
-"""Slides and aerial images behind one `Reader`, chosen by what a file holds, not by what it is
-called.
+"""Slides, aerial images and plain pictures behind one `Reader`, chosen by what a file holds, not
+by what it is called.
 """
 
 from pipeline.readers.choose import open_reader

@@ -11,11 +11,10 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
 import tifffile
 
-from pipeline.readers.protocol import UnreadableError, number
+from pipeline.readers.protocol import UnreadableError
 
 MAX_TILE_BYTES = 1 << 28
 MAX_COMPRESSION_RATIO = 4000
@@ -36,21 +35,20 @@ KINDS = {
 }
 KIND_BYTES = 512
 CONTROLS = {chr(i) for i in range(32)} - set("\t\n\r\f")
-UM_PER = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400.0}
 RESOLUTION_UNITS_UM = {2: 25400.0, 3: 10000.0}
 
 
 @dataclass(frozen=True)
 class TiffHeader:
-    """The first image of a TIFF file; `mpp_yx` is (y, x) in µm as OME-XML or the resolution tags
-    say it.
-    """
+    """The first image of a TIFF file; `mpp_yx` is (y, x) in µm as the resolution tags say it."""
 
     height: int
     width: int
     samples: int
     bits: int
+    compression: int
     is_geo: bool
+    is_ome: bool
     is_vendor_slide: bool
     mpp_yx: tuple[float, float] | None
     mpp_source: str
@@ -60,6 +58,8 @@ def read_tiff_header(path: Path) -> TiffHeader | None:
     """The header of a TIFF file, None for a file of another kind; `UnreadableError` when it cannot
     be true.
     """
+    if not _begins_with(path, TIFF_BEGINNINGS):
+        return None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -70,9 +70,6 @@ def read_tiff_header(path: Path) -> TiffHeader | None:
         raise
     # A damaged header makes tifffile raise anything: 1,500 mutated files, eleven kinds of error.
     except Exception as error:
-        with path.open("rb") as stream:
-            if not stream.read(4).startswith(TIFF_BEGINNINGS):
-                return None
         raise UnreadableError(
             f"{path} is a TIFF of {path.stat().st_size} bytes whose header is damaged or cut off; "
             "copy it again"
@@ -83,15 +80,17 @@ def _header(path: Path, page: tifffile.TiffPage, is_ome: bool) -> TiffHeader:
     sides = (page.imagelength, page.imagewidth, *page.chunks)
     if not all(isinstance(n, int) and n > 0 for n in (*sides, page.samplesperpixel)):
         raise ValueError("a side that is no positive number")
-    _check_claims(path, page)
+    check_claims(path, page)
     description = page.description
-    mpp_yx, source = _spacing(page, description, is_ome)
+    mpp_yx, source = tag_spacing(page)
     return TiffHeader(
         height=page.imagelength,
         width=page.imagewidth,
         samples=page.samplesperpixel,
         bits=page.bitspersample,
+        compression=int(page.compression),
         is_geo=any(tag in page.tags for tag in GEO_TAGS),
+        is_ome=is_ome,
         is_vendor_slide=description.startswith(VENDOR_DESCRIPTIONS),
         mpp_yx=mpp_yx,
         mpp_source=source,
@@ -99,12 +98,24 @@ def _header(path: Path, page: tifffile.TiffPage, is_ome: bool) -> TiffHeader:
 
 
 def begins_like_image(path: Path) -> bool:
-    """Whether a file begins as a TIFF, PNG or JPEG does; False for one that cannot be opened."""
+    """Whether a file begins as a TIFF, PNG, JPEG or DICOM file does; False for one that cannot
+    be opened.
+    """
     try:
-        with path.open("rb") as stream:
-            return stream.read(4).startswith((*TIFF_BEGINNINGS, *IMAGE_BEGINNINGS))
+        return _begins_with(path, (*TIFF_BEGINNINGS, *IMAGE_BEGINNINGS)) or is_dicom(path)
     except OSError:
         return False
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file begins as a DICOM file does: 128 bytes of anything, then DICM."""
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def _begins_with(path: Path, beginnings: tuple[bytes, ...]) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4).startswith(beginnings)
 
 
 def kind_of(path: Path) -> str:
@@ -134,22 +145,28 @@ def check_claim(path: Path, height: int, width: int, claimed: int) -> None:
         )
 
 
-def _check_claims(path: Path, page: tifffile.TiffPage) -> None:
+def check_claims(path: Path, page: tifffile.TiffPage) -> None:
+    """Refuse a page that claims what its file cannot hold, or tiles too large to decode.
+
+    Strips that are not compressed are read row by row, so that they may be of any size.
+    """
     size = path.stat().st_size
     depth = page.bitspersample / 8
     tile = math.prod(page.chunks) * depth
-    if tile > MAX_TILE_BYTES:
+    by_row = page.compression == 1 and not page.is_tiled
+    if tile > MAX_TILE_BYTES and not by_row:
         raise UnreadableError(
             f"{path} has tiles of {tile / 1e6:.0f} MB each and at most {MAX_TILE_BYTES / 1e6:.0f} "
             "MB are decoded "
             "at once; write it again with tiles of 512 × 512"
         )
     needed = math.prod(page.chunked)
-    if len(page.dataoffsets) < needed:
+    listed = min(len(page.dataoffsets), len(page.databytecounts))
+    if listed < needed:
         raise UnreadableError(
             f"{path} claims {page.imagelength} × {page.imagewidth} pixels, which is {needed} "
             "tiles, and lists "
-            f"{len(page.dataoffsets)}; the header is wrong or the file is cut off"
+            f"{listed}; the header is wrong or the file is cut off"
         )
     ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
     cut = next((i for i, end in enumerate(ends) if end > size), None)
@@ -175,18 +192,8 @@ def _corner(page: tifffile.TiffPage, index: int) -> tuple[int, int]:
     return row * height, column * width
 
 
-def _spacing(
-    page: tifffile.TiffPage, description: str, is_ome: bool
-) -> tuple[tuple[float, float] | None, str]:
-    if is_ome:
-        sizes = _pixel_sizes(description)
-        if "PhysicalSizeX" in sizes:
-            x, y = (
-                number(sizes.get(f"PhysicalSize{axis}", ""))
-                * UM_PER.get(sizes.get(f"PhysicalSize{axis}Unit", "µm"), math.nan)
-                for axis in "XY"
-            )
-            return (y, x), "OME PhysicalSize"
+def tag_spacing(page: tifffile.TiffPage) -> tuple[tuple[float, float] | None, str]:
+    """(y, x) of a pixel in µm by the resolution tags, None without them; and that they say it."""
     unit = page.tags.get("ResolutionUnit")
     ratios = [page.tags.get(f"{axis}Resolution") for axis in "YX"]
     um = RESOLUTION_UNITS_UM.get(int(unit.value) if unit else 0)
@@ -195,12 +202,3 @@ def _spacing(
     per_unit = [r.value[0] / r.value[1] if r and r.value[1] else math.nan for r in ratios]
     y, x = (um / p if p else math.inf for p in per_unit)
     return (y, x), "TIFF resolution tags"
-
-
-def _pixel_sizes(description: str) -> dict[str, str]:
-    """The attributes of an OME-XML's Pixels; none where the XML is broken."""
-    try:
-        pixels = ElementTree.fromstring(description).find(".//{*}Pixels")
-    except ElementTree.ParseError:
-        return {}
-    return {} if pixels is None else pixels.attrib

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, UInt
 
-SpacingUnit = Literal["um", "m"]
+SpacingUnit = Literal["um", "m", "px"]
 MaskKind = Literal["tissue", "valid"]
 
 TILE_PX = 512
@@ -25,7 +25,14 @@ MPP_RANGE_UM = (0.05, 50.0)
 ANISOTROPY_TOLERANCE = 0.02
 PRINTER_DPI = (72, 96, 100, 120, 150, 200, 240, 300, 400, 600, 1200)
 OVERRIDES = {"um": "--source-mpp", "m": "--source-gsd"}
-NAMES = {"um": "mpp", "m": "gsd"}
+NAMES = {"um": "mpp", "m": "gsd", "px": "pixels"}
+HINTS = {
+    "um": " (about 0.25 at 40x, 0.5 at 20x), or measure plain pictures by --pixels",
+    "m": "",
+}
+SIGNS = {"um": "µm", "m": "m", "px": "px"}
+BANDS = ("red", "green", "blue", "nir")
+NIR_NAMES = ("nir", "nir1", "near infrared", "near-infrared", "nearinfrared")
 
 
 class UnreadableError(ValueError):
@@ -42,10 +49,12 @@ class Reader(Protocol):
 
     path: the file. shape: (c, h, w) of level 0. dtype: uint8 or uint16. bands: their names in the
     order in which `read` returns them. unit, spacing: the side of a level-0 pixel in µm ("um",
-    slides) or m ("m", aerial), None where the file does not say it and nobody else does.
-    spacing_source: where the spacing comes from, for people. mask_kind: whether what is worth
-    learning from is found by looking for tissue or is the file's valid data. downsamples: whole
-    numbers, 1 first, rising. attributes: what else is worth keeping (georeference).
+    slides), m ("m", aerial) or pixels ("px", plain pictures, where it is 1); a file that does not
+    say it, where nobody else does, has no reader. spacing_source: where the spacing comes from,
+    for people. mask_kind: whether what is worth learning from is found by looking for tissue or is
+    the file's valid data. downsamples: whole numbers, 1 first, rising. attributes: what else is
+    worth keeping: georeference, and where in its file a slide's scanned part begins
+    (`pipeline.places`).
     """
 
     path: Path
@@ -129,12 +138,13 @@ def read_patiently(
     return np.concatenate(rows, axis=-2)
 
 
-def number(text: str) -> float:
-    """The number that a file's metadata states, NaN where it states none."""
+def number(text: str, otherwise: float = math.nan) -> float:
+    """The number that a file's metadata states, `otherwise` where it states none."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        return math.nan
+        return otherwise
+    return value if math.isfinite(value) else otherwise
 
 
 def checked_spacing(
@@ -150,7 +160,7 @@ def checked_spacing(
         raise UnreadableError(
             f"{path} does not say its {name}{f' ({source})' if source else ''}, without which "
             f"nothing in it has a size; give it with {option}"
-            f"{' (about 0.25 at 40x, 0.5 at 20x)' if unit == 'um' else ''}"
+            f"{HINTS[unit]}"
         )
     y, x = spacing_yx
     if unit == "um" and any(math.isclose(25400 / dpi, x, rel_tol=1e-3) for dpi in PRINTER_DPI):

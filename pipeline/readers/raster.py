@@ -1,17 +1,18 @@
-"""Aerial images and whatever OpenSlide does not read, through rasterio: RGB or RGB and
-near-infrared, 8 or 16 bits.
+"""Aerial images and plain pictures, through rasterio: red, green, blue, near-infrared and more,
+8 or 16 bits.
 
 A file is read in its own pixel space, never warped, and only at full resolution: overviews are
 usually picked, not averaged. A fourth band is near-infrared unless the file says that it is alpha
 *and* it behaves like alpha, which has hardly a value but 0 and full. Data is where the file's
 mask, its nodata value or its alpha says so, and never where every band is 0. GDAL is kept off the
-network.
+network: what a file names is looked at first (`pipeline.readers.indirect`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,10 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
 from pipeline.readers.header import TiffHeader, check_claim, kind_of
+from pipeline.readers.indirect import check_indirect, is_vrt
 from pipeline.readers.protocol import (
+    BANDS,
+    NIR_NAMES,
     MaskKind,
     SpacingUnit,
     UnreadableError,
@@ -35,12 +39,11 @@ from pipeline.readers.protocol import (
     read_patiently,
 )
 
-DRIVERS = ("GTiff", "VRT", "PNG", "JPEG", "JP2OpenJPEG", "HFA", "BMP")
+DRIVERS = ("GTiff", "PNG", "JPEG", "JP2OpenJPEG", "HFA", "BMP")
 GDAL_ERRORS = (rasterio.errors.RasterioError, CPLE_BaseError)
 ALPHA_SAMPLE_PX = 512
 ALPHA_PURITY = 0.99
-BANDS = ("red", "green", "blue", "nir")
-NIR_NAMES = ("nir", "nir1", "near infrared", "near-infrared", "nearinfrared")
+MAX_BANDS = 16
 
 
 @contextlib.contextmanager
@@ -60,7 +63,9 @@ def _offline() -> Iterator[None]:
 
 
 class RasterReader:
-    """A `Reader` of what rasterio opens. `source_mpp` or `source_gsd` replaces its spacing."""
+    """A `Reader` of what rasterio opens. `source_mpp` or `source_gsd` replaces its spacing; with
+    `plain` it is measured by pixels, and black is a colour like others.
+    """
 
     downsamples: tuple[int, ...] = (1,)
 
@@ -70,8 +75,11 @@ class RasterReader:
         header: TiffHeader | None = None,
         source_mpp: float | None = None,
         source_gsd: float | None = None,
+        plain: bool = False,
     ) -> None:
         self.path = path
+        check_indirect(path)
+        self._drivers = ("VRT",) if is_vrt(path) else DRIVERS
         try:
             self._data = self._open()
         except GDAL_ERRORS as error:
@@ -80,7 +88,7 @@ class RasterReader:
                 "convert it to TIFF"
             ) from error
         try:
-            self._describe(header, source_mpp, source_gsd)
+            self._describe(header, source_mpp, source_gsd, plain)
         except GDAL_ERRORS as error:
             self.close()
             raise UnreadableError(
@@ -92,7 +100,11 @@ class RasterReader:
             raise
 
     def _describe(
-        self, header: TiffHeader | None, source_mpp: float | None, source_gsd: float | None
+        self,
+        header: TiffHeader | None,
+        source_mpp: float | None,
+        source_gsd: float | None,
+        plain: bool,
     ) -> None:
         data = self._data
         if set(data.dtypes) - {"uint8", "uint16"}:
@@ -109,10 +121,10 @@ class RasterReader:
         self.shape = (len(self.bands), data.height, data.width)
         self.dtype = cast(Literal["uint8", "uint16"], data.dtypes[self._indexes[0] - 1])
         self.unit: SpacingUnit
-        self.spacing, self.unit, self.spacing_source = self._find_spacing(
-            header, source_mpp, source_gsd
+        self.spacing, self.unit, self.spacing_source = (
+            (1.0, "px", "pixels") if plain else self._find_spacing(header, source_mpp, source_gsd)
         )
-        self.mask_kind: MaskKind = "valid" if self.unit == "m" else "tissue"
+        self.mask_kind: MaskKind = "tissue" if self.unit == "um" else "valid"
         self.attributes = self._georeference()
 
     def level_shape(self, level: int) -> tuple[int, int]:
@@ -131,7 +143,11 @@ class RasterReader:
 
     def read_valid(self, y: int, x: int, height: int, width: int) -> Bool[np.ndarray, "h w"]:
         """Which pixels of a box hold data."""
-        valid = (self.read(y, x, height, width) != 0).any(axis=0)
+        if self.unit == "px":
+            check_box(self.path, self.level_shape(0), y, x, height, width)
+            valid = np.ones((height, width), bool)
+        else:
+            valid = (self.read(y, x, height, width) != 0).any(axis=0)
         with _offline():
             flags = self._data.mask_flag_enums[self._indexes[0] - 1]
         if self._alpha is not None:
@@ -166,7 +182,7 @@ class RasterReader:
 
     def _open(self) -> rasterio.DatasetReader:
         with _offline():
-            return rasterio.DatasetReader(str(self.path), driver=list(DRIVERS))
+            return rasterio.DatasetReader(str(self.path), driver=list(self._drivers))
 
     def _reopen(self) -> None:
         self._data.close()
@@ -184,8 +200,10 @@ class RasterReader:
         )
 
     def _find_alpha(self) -> int | None:
-        """The index of the band that says alpha and behaves like it."""
+        """The index of the band that says alpha and behaves like it; a PNG's always does."""
         for index, meaning in enumerate(self._data.colorinterp, start=1):
+            if meaning == ColorInterp.alpha and self._data.driver == "PNG":
+                return index
             if meaning == ColorInterp.alpha:
                 sides = (min(s, ALPHA_SAMPLE_PX) for s in (self._data.height, self._data.width))
                 with _offline():
@@ -196,24 +214,30 @@ class RasterReader:
         return None
 
     def _find_bands(self) -> tuple[list[int], tuple[str, ...]]:
-        """The indexes of the bands to read, in the order red, green, blue, near-infrared."""
+        """The indexes of the bands to read and their names: red, green, blue, near-infrared
+        first, as far as the file says which they are, then the others in its order.
+        """
         colour = [i for i in range(1, self._data.count + 1) if i != self._alpha]
-        if len(colour) not in (3, 4) or ColorInterp.palette in self._data.colorinterp:
+        if not 3 <= len(colour) <= MAX_BANDS or ColorInterp.palette in self._data.colorinterp:
             raise UnreadableError(
-                f"{self.path} has {len(colour)} band(s) of colour and 3 (RGB) or 4 (RGB and "
-                "near-infrared) are "
-                "supported; choose bands with gdal_translate -b"
+                f"{self.path} has {len(colour)} band(s) of colour and 3 (RGB), 4 (RGB and "
+                f"near-infrared) or more up to {MAX_BANDS} are supported; choose bands with "
+                "gdal_translate -b"
             )
-        names = BANDS[: len(colour)]
         words = {i: (self._data.descriptions[i - 1] or "").strip().lower() for i in colour}
         described = {"nir" if word in NIR_NAMES else word: i for i, word in words.items()}
-        by_meaning = {self._data.colorinterp[i - 1].name: i for i in colour}
-        if all(name in described for name in names):
-            return [described[name] for name in names], names
-        if all(name in by_meaning for name in names[:3]):
-            first = [by_meaning[name] for name in names[:3]]
-            return first + [i for i in colour if i not in first], names
-        return colour, names
+        meant = {self._data.colorinterp[i - 1].name: i for i in colour}
+        found = next((d for d in (described, meant) if d.keys() >= set(BANDS[:3])), {})
+        if not found and len(colour) <= len(BANDS):
+            found = dict(zip(BANDS, colour, strict=False))
+        first = [found[name] for name in BANDS if name in found]
+        rest = [i for i in colour if i not in first]
+        names = [name for name in BANDS if name in found]
+        if len(colour) == len(BANDS) and names == list(BANDS[:3]):
+            return first + rest, BANDS
+        others = [re.sub(r"[^a-z0-9]+", "-", words[i]).strip("-") or f"band{i}" for i in rest]
+        unique = len({*names, *others}) == len(colour)
+        return first + rest, (*names, *(others if unique else (f"band{i}" for i in rest)))
 
     def _find_spacing(
         self, header: TiffHeader | None, source_mpp: float | None, source_gsd: float | None
@@ -225,7 +249,7 @@ class RasterReader:
             return checked_spacing(path, (source_gsd, source_gsd), "m", "given"), "m", "given"
         if data.crs is None and data.transform.is_identity:
             mpp, source = (header.mpp_yx, header.mpp_source) if header else (None, "")
-            if mpp is None and "nir" in self.bands:
+            if mpp is None and len(self.bands) > 3:
                 return checked_spacing(path, None, "m", source), "m", source
             return checked_spacing(path, mpp, "um", source), "um", source
         if data.crs is None or data.transform.is_identity:

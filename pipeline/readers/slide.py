@@ -4,6 +4,11 @@ OpenSlide places a level by one average downsample, so a level whose sides are n
 of level 0 would be read a fraction of a pixel off, blurred, and differently from tile to tile.
 Only levels with whole downsamples are offered. Pixels that a slide does not have come back
 transparent; they are painted in its background colour.
+
+A scanner may have looked at a part of the glass only (MRXS: a tenth), and the file says where
+(`openslide.bounds-*`). The reader's image is that part, widened to the left and upwards to whole
+pixels of the levels; `attributes["slide:origin"]` is its corner (y, x) in level-0 pixels of the
+file.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ import numpy as np
 import openslide
 from jaxtyping import Bool, UInt, UInt8
 
+from pipeline.readers.levels import is_picked
 from pipeline.readers.protocol import (
     MaskKind,
     SpacingUnit,
+    TileError,
     UnreadableError,
     check_box,
     checked_spacing,
@@ -28,7 +35,9 @@ from pipeline.readers.protocol import (
 
 STRIP_PX = 1024
 OPAQUE = 255
+GENERIC = "generic-tiff"  # written by anyone; scanners average
 STATED_MPP = ("aperio.MPP",)  # what OpenSlide drops where it is no number
+MAX_ALIGNMENT_PX = 64  # levels that are coarser and not whole at the corner are left out
 
 
 class SlideReader:
@@ -41,31 +50,44 @@ class SlideReader:
 
     def __init__(self, path: Path, source_mpp: float | None = None) -> None:
         self.path = path
-        self.attributes: dict[str, Any] = {}
         try:
             self._slide = openslide.OpenSlide(path)
         except openslide.OpenSlideError as error:
             raise UnreadableError(
-                f"{path} is damaged: OpenSlide knows its kind and cannot open it ({error}); copy "
-                "it again"
+                f"{path} is damaged or without the files that belong to it: OpenSlide knows its "
+                f"kind and cannot open it ({error}); copy it again"
             ) from error
         sizes = self._slide.level_dimensions
         width, height = sizes[0]
-        self.shape = (3, height, width)
         exact = [
             (round(width / w), level)
             for level, (w, h) in enumerate(sizes)
             if h * round(width / w) == height and w * round(width / w) == width
         ]
         by_downsample = dict(reversed(exact))
-        self.downsamples = tuple(sorted(by_downsample))
+        alignment = max(d for d in by_downsample if d <= MAX_ALIGNMENT_PX)
+        self._top, self._left, *sides = self._bounds(height, width, alignment)
+        self.shape = (3, sides[0], sides[1])
+        self.downsamples = tuple(
+            d
+            for d in sorted(by_downsample)
+            if self._top % d == 0 and self._left % d == 0 and min(sides) >= d
+        )
         self._levels = tuple(by_downsample[d] for d in self.downsamples)
+        self.attributes: dict[str, Any] = {"slide:origin": [self._top, self._left]}
         colour = self._slide.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
         self.spacing, self.spacing_source = self._find_spacing(source_mpp)
+        vendor = self._slide.properties.get(openslide.PROPERTY_NAME_VENDOR)
+        if (
+            vendor == GENERIC
+            and len(self.downsamples) > 1
+            and is_picked(self.read, self.level_shape(1), self.downsamples[1], TileError)
+        ):
+            self.downsamples = (1,)
 
     def level_shape(self, level: int) -> tuple[int, int]:
-        """(h, w) of `level`."""
+        """(h, w) of `level`, of its whole pixels."""
         return self.shape[1] // self.downsamples[level], self.shape[2] // self.downsamples[level]
 
     def read(
@@ -104,13 +126,33 @@ class SlideReader:
         downsample = self.downsamples[level]
 
         def read_box(y: int, x: int, height: int, width: int) -> np.ndarray:
-            corner = (x * downsample, y * downsample)
+            corner = (self._left + x * downsample, self._top + y * downsample)
             image = self._slide.read_region(corner, self._levels[level], (width, height))
             return np.moveaxis(np.asarray(image), 2, 0)
 
         return read_patiently(
             read_box, self._reopen, openslide.OpenSlideError, box, f"level {level} of {self.path}"
         )
+
+    def _bounds(self, height: int, width: int, alignment: int) -> tuple[int, int, int, int]:
+        """The box (y, x, height, width) that was scanned, of a slide of height × width; all of it
+        where the file says nothing that can be.
+        """
+        keys = (
+            openslide.PROPERTY_NAME_BOUNDS_Y,
+            openslide.PROPERTY_NAME_BOUNDS_X,
+            openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+            openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+        )
+        texts = [self._slide.properties.get(key, "") for key in keys]
+        if not all(text.isdecimal() for text in texts):
+            return 0, 0, height, width
+        y, x, tall, wide = map(int, texts)
+        bottom, right = min(y + tall, height), min(x + wide, width)
+        top, left = y // alignment * alignment, x // alignment * alignment
+        if bottom <= y or right <= x:
+            return 0, 0, height, width
+        return top, left, bottom - top, right - left
 
     def _reopen(self) -> None:
         self._slide.close()
