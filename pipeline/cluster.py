@@ -36,6 +36,10 @@ class Workers(Protocol):
     def capacity(self) -> int:
         """How many tasks to keep in flight."""
 
+    @property
+    def dashboard(self) -> str | None:
+        """The address of a page that shows what the workers do, where there is one."""
+
     def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Start a task."""
 
@@ -47,6 +51,7 @@ class InlineWorkers:
     """Runs one task at a time in this process, when its result is asked for."""
 
     capacity = 1
+    dashboard = None
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
@@ -78,6 +83,15 @@ class DaskWorkers:
     def capacity(self) -> int:
         """Two tasks for every thread that is there now."""
         return IN_FLIGHT_PER_WORKER * max(1, sum(self._client.nthreads().values()))
+
+    @property
+    def dashboard(self) -> str | None:
+        """Where the scheduler's dashboard is."""
+        try:
+            link: str | None = self._client.dashboard_link
+        except KeyError:  # a scheduler that was started without one
+            return None
+        return link or None
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Send a task to the scheduler."""
@@ -164,7 +178,7 @@ def _local_cluster(workers: int | None) -> Any:
         n_workers=workers or len(os.sched_getaffinity(0)),
         threads_per_worker=1,
         processes=True,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
     )
 
 
@@ -199,7 +213,7 @@ def _slurm_cluster(workers: int, logs: Path) -> Any:
             *("--lifetime", f"{limit_s * 3 // 4}s", "--lifetime-stagger", f"{limit_s // 8}s"),
             *configured["worker-extra-args"],
         ],
-        scheduler_options={"dashboard_address": None, **configured["scheduler-options"]},
+        scheduler_options={"dashboard_address": ":0", **configured["scheduler-options"]},
     )
     # A site that refuses these jobs would otherwise be asked again and again, without a word.
     trial = subprocess.run(

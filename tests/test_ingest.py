@@ -23,7 +23,6 @@ from pipeline.lock import hold_lock
 from pipeline.readers import open_reader
 from pipeline.regions import Region, assign_splits, split_groups
 from pipeline.store import Store
-from pipeline.tissue import tissue_mask
 
 ROOT = Path(__file__).parent.parent
 
@@ -295,16 +294,6 @@ def test_one_image_is_split_by_area_with_a_gap() -> None:
     assert all(spans.values())
     assert max(spans["train"]) + 2 * side <= min(spans["val"])
     assert max(spans["val"]) + 2 * side <= min(spans["test"])
-
-
-@pytest.mark.parametrize("level", [0, 128, 255])
-def test_a_slide_of_one_kind_is_not_cut_in_two(level: int) -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.integers(-2, 3, (3, 64, 64))
-    gray = np.clip(level + noise, 0, 255).astype(np.uint8)
-    assert not tissue_mask(gray).any()
-    stain = (np.array([170, 90, 150])[:, None, None] + 10 * noise).astype(np.uint8)
-    assert tissue_mask(stain).all()
 
 
 def test_importing_the_ingest_needs_no_torch() -> None:
