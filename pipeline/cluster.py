@@ -26,6 +26,11 @@ from typing import Any, Protocol, runtime_checkable
 WORKER_MEMORY = "8GB"
 WORKERS_WITHIN_S = 600
 IN_FLIGHT_PER_WORKER = 2
+# The profiler looks a hundred times a second, and a task is one call into a C library.
+SETTINGS = {
+    "distributed.comm.timeouts.connect": "30s",
+    "distributed.worker.profile.interval": "200ms",
+}
 
 
 @runtime_checkable
@@ -133,7 +138,7 @@ def connect(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged_environment())
-        stack.enter_context(dask.config.set({"distributed.comm.timeouts.connect": "30s"}))
+        stack.enter_context(dask.config.set(SETTINGS))
         address: Any = where
         if where == "local":
             address = stack.enter_context(_local_cluster(workers))

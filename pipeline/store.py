@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Bool, UInt16
 
 from pipeline.console import write_json_atomic
@@ -218,6 +217,8 @@ class Store(Embeddings):
             raise ValueError(
                 f"{self.path} has no region table yet; run python -m pipeline.ingest to its end"
             )
+        import pandas as pd  # here, as no worker of an ingest needs it
+
         rows = pd.read_parquet(table).to_dict("records")
         return [
             Region(index=i, **{str(k): v for k, v in row.items()}) for i, row in enumerate(rows)
@@ -225,6 +226,8 @@ class Store(Embeddings):
 
     def write_regions(self, regions: Sequence[Region]) -> None:
         """Replace the region table; regions are sorted and numbered anew."""
+        import pandas as pd
+
         columns = ["image", "y", "x", "side", "tissue", "split"]
         rows = sorted((asdict(r) for r in regions), key=lambda r: (r["image"], r["y"], r["x"]))
         with _replacing(self.path / "regions.parquet") as stream:

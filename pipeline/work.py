@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, UInt16
+from jaxtyping import Bool, UInt, UInt16
 
 from pipeline.console import is_disk_full
+from pipeline.memory import keep_freed_memory
 from pipeline.ome import OmeImage
 from pipeline.outline import tissue_features
 from pipeline.plan import ImageJob
@@ -33,6 +34,7 @@ from pipeline.store import UNITS, Store
 from pipeline.tissue import find_tissue
 
 COVERAGE_ROWS_PX = 1024
+STRIP_PX = 512
 _HOST = socket.gethostname()
 
 
@@ -122,14 +124,33 @@ def _write_shards(
     store: Store, job: ImageJob, image: OmeImage, keys: list[tuple[int, int]]
 ) -> None:
     source = job.source
+    keep_freed_memory()
     with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
         target = Resampled(reader, job.spacing)
         label = store.label(job.image_id)
         for key in keys:
             box = image.shard_box(key)
             if reader.mask_kind == "valid":
-                label.write_shard(key, target.read_valid(*box)[None].astype(np.uint8))
-            image.write_shard(key, target.read(*box))
+                pixels, valid = _read_with_valid(target, *box)
+                label.write_shard(key, valid.astype(np.uint8))
+                image.write_shard(key, pixels)
+            else:
+                image.write_shard(key, target.read(*box))
+
+
+def _read_with_valid(
+    target: Resampled, y: int, x: int, height: int, width: int
+) -> tuple[UInt[np.ndarray, "c h w"], Bool[np.ndarray, "1 h w"]]:
+    """The pixels of a box and which of them are data, strip by strip, so that what a reader has
+    decoded for the one is still in its cache for the other.
+    """
+    pixels = np.empty((target.shape[0], height, width), target.reader.dtype)
+    valid = np.empty((1, height, width), bool)
+    for top in range(0, height, STRIP_PX):
+        box = (y + top, x, min(STRIP_PX, height - top), width)
+        pixels[:, top : top + STRIP_PX] = target.read(*box)
+        valid[0, top : top + STRIP_PX] = target.read_valid(*box)
+    return pixels, valid
 
 
 def _finish(store: Store, job: ImageJob, image: OmeImage, started: float) -> Outcome:

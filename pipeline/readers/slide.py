@@ -26,7 +26,7 @@ from pipeline.readers.protocol import (
     read_patiently,
 )
 
-STRIP_PX = 1024
+STRIP_PX = 512
 OPAQUE = 255
 STATED_MPP = ("aperio.MPP",)  # what OpenSlide drops where it is no number
 
