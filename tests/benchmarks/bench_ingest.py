@@ -32,7 +32,7 @@ DATA = ROOT.parent / "shared" / "data"
 SLIDE = DATA / "slides" / "pa_helicobacter_HE_full.tif"
 MOSAIC = DATA / "naip" / "mosaic_claremont_2018_sparse.tif"
 PROCESSES = 2
-ROUNDS = 2
+ROUNDS = 1
 
 pytestmark = [
     pytest.mark.timeout(3600),
@@ -189,3 +189,35 @@ def test_an_aerial_mosaic() -> None:
         )
     row = (f"{height} × {width} px, 4 bands", versus(height * width, *least.values()))
     report(f"ingest of {MOSAIC.name}, {PROCESSES} processes", [row])
+
+
+def test_two_other_writers() -> None:
+    """One slide by `ingest`, by libvips' dzsave (JPEG) and by ome_zarr's writer (OME-Zarr)."""
+    script = str(Path(__file__).with_name("other_writers.py"))
+    width, height = openslide.OpenSlide(SLIDE).dimensions
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def other(kind: str) -> Cost:
+            out = folder / kind
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            return measured([sys.executable, script, kind, str(SLIDE), str(out), str(PROCESSES)])
+
+        least = in_turns(
+            {
+                "ours": lambda: ingested(folder / "o.zarr", [SLIDE], "--source-mpp", "0.25"),
+                "dzsave": lambda: other("dzsave"),
+                "ome_zarr": lambda: other("ome_zarr"),
+            },
+            rounds=1,
+        )
+    rows = [
+        (
+            kind,
+            f"{cost.wall_s:.1f} s, {cost.cpu_s:.1f} s of CPU, ours / it by CPU "
+            f"{least['ours'].cpu_s / cost.cpu_s:.2f}; processes at most {cost.all_gb:.2f} GB",
+        )
+        for kind, cost in least.items()
+    ]
+    report(f"{SLIDE.name}, {height} × {width} px, {PROCESSES} threads or processes", rows)
