@@ -14,6 +14,7 @@ import pytest
 import rasterio
 import tifffile
 import zarr
+from kill_ingest import pixels_of
 from ome_zarr_models.v05 import Image, Labels
 from rasterio import Affine
 
@@ -59,17 +60,6 @@ def write_aerial(path: Path, pixels: np.ndarray, gsd: float) -> Path:
 
 def ingest(*arguments: object) -> int:
     return main([str(a) for a in arguments])
-
-
-def pixels_of(path: Path) -> dict[str, np.ndarray]:
-    """Every array in a store, by its place."""
-    return {
-        str(item.parent.relative_to(path)): np.asarray(
-            zarr.open_array(str(item.parent), mode="r")[...]
-        )
-        for item in sorted(path.rglob("zarr.json"))
-        if json.loads(item.read_text())["node_type"] == "array"
-    }
 
 
 def test_level_0_is_what_the_reader_returns_and_regions_are_honest(tmp_path: Path) -> None:

@@ -23,16 +23,19 @@ import openslide
 import psutil
 import pytest
 import rasterio
-from benchmarks.bench_costs import report
+from benchmarks import bare_ingest
+from benchmarks.bench_costs import interleaved, report
 
+from pipeline.plan import make_plan
 from pipeline.store import Store
+from pipeline.work import finish_image, ingest_shard, open_template
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 SLIDE = DATA / "slides" / "pa_helicobacter_HE_full.tif"
 MOSAIC = DATA / "naip" / "mosaic_claremont_2018_sparse.tif"
 PROCESSES = 2
-ROUNDS = 1
+ROUNDS, TASK_ROUNDS, SHARDS = 2, 3, 8
 
 pytestmark = [
     pytest.mark.timeout(3600),
@@ -133,6 +136,51 @@ def versus(pixels: int, ours: Cost, bare: Cost) -> str:
 
 def seconds_in_tasks(out: Path) -> float:
     return sum(s["seconds"] or 0.0 for s in Store.open(out).image_states().values())
+
+
+@pytest.mark.parametrize(("path", "kind"), [(SLIDE, "slide"), (MOSAIC, "raster")])
+def test_a_task_against_its_bare_part(path: Path, kind: str) -> None:
+    """Tasks as workers run them, against the same boxes bare, in turns in one process; then what
+    ends the image. CPU of this process, so that a busy machine decides nothing.
+    """
+    plan = make_plan([str(path)], None, None, 0.25 if kind == "slide" else None, None, 0, None)
+    (job,) = plan.jobs
+    with tempfile.TemporaryDirectory() as name:
+        store = Store.create(Path(name) / "o.zarr", plan.spec)
+        image = open_template(store.path, job)
+        keys = image.shard_keys()
+        chosen = keys[:: max(1, len(keys) // SHARDS)]
+        least = interleaved(
+            {
+                (side, key): work
+                for key in chosen
+                for side, work in (
+                    ("ours", lambda key=key: ingest_shard(store.path, job, key)),  # type: ignore[misc]
+                    (
+                        "bare",
+                        lambda key=key: getattr(bare_ingest, kind)(path, image.shard_box(key)),
+                    ),  # type: ignore[misc]
+                )
+            },
+            TASK_ROUNDS,
+        )
+        for key in keys:
+            if not image.has_shard(key):
+                ingest_shard(store.path, job, key)
+        started = time.process_time()
+        finish_image(store.path, job)
+        end_s = time.process_time() - started
+    ours, theirs = (sum(least[side, key] for key in chosen) for side in ("ours", "bare"))
+    each, share = len(keys) / len(chosen), end_s / (ours * len(keys) / len(chosen))
+    report(
+        f"{path.name}: {len(chosen)} of {len(keys)} shards, least of {TASK_ROUNDS}",
+        [
+            ("a task", f"{ours / len(chosen):.3f} s of CPU"),
+            ("bare", f"{theirs / len(chosen):.3f} s; throughput {theirs / ours:.2f} × bare"),
+            ("the image's end", f"{end_s:.2f} s, {share:.1%} of its tasks"),
+            ("with it", f"{theirs * each / (ours * each + end_s):.2f} × bare"),
+        ],
+    )
 
 
 def test_a_slide_and_its_copies() -> None:
