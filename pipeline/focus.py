@@ -23,6 +23,7 @@ from pipeline.regions import CELL_PX
 CELL_LEVEL = CELL_PX.bit_length() - 1
 BLOCK_CELLS = 4
 COARSER_LEVELS = 2
+STRIP_VALUES = 1 << 16
 
 
 def detail_level(spacing_um: float, detail_um: float) -> int:
@@ -35,14 +36,17 @@ def detail_level(spacing_um: float, detail_um: float) -> int:
 def halved_with_detail(
     values: Float32[np.ndarray, "c h w"],
 ) -> tuple[Float32[np.ndarray, "c h2 w2"], Float32[np.ndarray, "h2 w2"]]:
-    """The 2×2 means, and what they leave over: the mean square deviation, summed over bands."""
-    corners = [values[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
-    mean = (corners[0] + corners[1] + corners[2] + corners[3]) * np.float32(0.25)
-    energy = np.zeros(mean.shape[1:], np.float32)
-    for corner in corners:
-        rest = corner - mean
-        energy += np.einsum("chw,chw->hw", rest, rest)
-    return mean, energy * np.float32(0.25)
+    """The 2×2 means, and what they leave over: the mean square deviation, summed over bands (the
+    mean of squares less the square of the mean).
+    """
+    mean, squares = _means(values), np.einsum("chw,chw->hw", values, values)
+    energy = _means(squares[None])[0] - np.einsum("chw,chw->hw", mean, mean)
+    return mean, np.maximum(energy, 0)
+
+
+def _means(values: Float32[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h2 w2"]:
+    pairs = values[:, ::2] + values[:, 1::2]
+    return (pairs[:, :, ::2] + pairs[:, :, 1::2]) * np.float32(0.25)
 
 
 def cell_details(
@@ -56,10 +60,25 @@ def cell_details(
     side = CELL_PX >> level
     gy, gx = (-(-n // side) for n in pixels.shape[1:])
     pad = [(0, -n % (2 * side)) for n in pixels.shape[1:]]
-    full = np.float32(np.iinfo(pixels.dtype).max)
-    values = np.pad(pixels, [(0, 0), *pad], mode="edge").astype(np.float32) * (255 / full)
+    pixels = np.pad(pixels, [(0, 0), *pad], mode="edge")
+    rows = 2 * side * max(1, STRIP_VALUES // (2 * side * pixels.shape[2]))  # kept in the cache
+    strips = [
+        _strip_details(pixels[:, top : top + rows], level, fine)
+        for top in range(0, pixels.shape[1], rows)
+    ]
+    first, second = (np.concatenate(parts)[:gy, :gx] for parts in zip(*strips, strict=True))
+    return first, second
+
+
+def _strip_details(
+    pixels: UInt[np.ndarray, "3 h w"], level: int, fine: int
+) -> tuple[Float32[np.ndarray, "gy gx"], Float32[np.ndarray, "gy gx"]]:
+    values = pixels * np.float32(255 / np.iinfo(pixels.dtype).max)
     found: dict[int, Float32[np.ndarray, "gy gx"]] = {}
     for k in range(level, fine + COARSER_LEVELS + 1):
+        if k not in (fine, fine + COARSER_LEVELS):
+            values = _means(values)
+            continue
         values, energy = halved_with_detail(values)
         span = CELL_PX >> (k + 1)
         if span == 0:
@@ -68,7 +87,7 @@ def cell_details(
             height, width = energy.shape
             squares = energy.reshape(height // span, span, width // span, span)
             energy = squares.mean(axis=(1, 3))
-        found[k] = energy[:gy, :gx]
+        found[k] = energy
     return found[fine], found[fine + COARSER_LEVELS]
 
 

@@ -86,8 +86,10 @@ def draw_contact_sheet(store: Store) -> Path:
 def _fitting(pen: ImageDraw.ImageDraw, text: str, width: int, font: Any) -> str:
     """`text` in one line of at most `width` px, its end cut off if need be."""
     text = " ".join(text.split())[:MAX_CAPTION]
-    if pen.textlength(text, font) <= width:
+    length = pen.textlength(text, font)
+    if length <= width:
         return text
+    text = text[: math.ceil(len(text) * width / length)]
     while text and pen.textlength(f"{text}…", font) > width:
         text = text[:-1]
     return f"{text}…"

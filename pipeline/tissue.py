@@ -155,13 +155,18 @@ def saturation(
     return found
 
 
-def _cells(image: OmeImage, top: int, bottom: int) -> Float32[np.ndarray, "3 gy gx"]:
-    """Red, green and blue of the rows of cells from `top` to `bottom`, in [0, 1]."""
+def _cells(
+    image: OmeImage, top: int, bottom: int, left: int = 0, right: int | None = None
+) -> Float32[np.ndarray, "3 gy gx"]:
+    """Red, green and blue of the cells in rows `top` to `bottom` and columns `left` to `right`, in
+    [0, 1].
+    """
     level = min(CELL_LEVEL, image.num_levels - 1)
     side = CELL_PX >> level
     _, height, width = image.level_shape(level)
-    end = min(bottom * side, height)
-    pixels = image.read(top * side, 0, end - top * side, width, level)[:3]
+    end = width if right is None else min(right * side, width)
+    box = (top * side, left * side, min(bottom * side, height) - top * side, end - left * side)
+    pixels = image.read(*box, level)[:3]
     full = np.float32(np.iinfo(pixels.dtype).max)
     if side > 1:
         starts = [np.arange(0, n, side) for n in pixels.shape[1:]]
@@ -236,13 +241,14 @@ def _map_focus(
     level = min(fine, image.num_levels - 1)
     for key in image.shard_keys():
         y, x, height, width = image.shard_box(key)
-        box = (y >> level, x >> level, -(-height >> level), -(-width >> level))
-        pixels = image.read(*box, level)[:3]
-        details = cell_details(pixels, level, fine)
         top, left = y // CELL_PX, x // CELL_PX
-        gy, gx = details[0].shape
-        cells = _cells(image, top, top + gy)[:, :, left : left + gx] / glass
+        bottom, right = -(-(y + height) // CELL_PX), -(-(x + width) // CELL_PX)
+        cells = _cells(image, top, bottom, left, right) / glass
         coloured = saturation(np.minimum(cells, 1), rules.near_black) > rules.min_saturation
+        if not coloured.any():
+            continue
+        box = (y >> level, x >> level, -(-height >> level), -(-width >> level))
+        details = cell_details(image.read(*box, level)[:3], level, fine)
         focus.add(top, left, coloured, _takes_red(cells, rules), *details)
     return focus
 
