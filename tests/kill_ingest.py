@@ -4,8 +4,8 @@ finish: the store must equal that of an undisturbed ingest, array by array.
     python tests/kill_ingest.py [--times 20] [--seed 0] [--folder DIR]
 
 What is killed, and when, follows from the seed; a moment is a fraction of the time that the
-undisturbed ingest took from the making of its store on. Prints a line a moment and exits with 1 if any
-store differs. test_ingest.py does a few of these.
+undisturbed ingest took from the making of its store on. Prints a line a moment and exits with 1 if
+any store differs. test_ingest_run.py does a few of these.
 """
 
 import argparse
