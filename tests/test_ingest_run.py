@@ -41,10 +41,10 @@ INLINE = ("--region", "256", "--cluster", "inline")
 def test_killed_at_random_moments_the_store_comes_out_equal(tmp_path: Path) -> None:
     """Two moments; `python tests/kill_ingest.py` does twenty."""
     inputs, calm = make_inputs(tmp_path / "slides"), tmp_path / "calm.zarr"
-    seconds = undisturbed(inputs, calm)
+    files = undisturbed(inputs, calm)
     for number, moment in enumerate(moments(2, seed=1)):
         out = tmp_path / f"killed{number}.zarr"
-        killed_at(moment, inputs, out, seconds)
+        killed_at(moment, inputs, out, files)
         assert differences(out, calm) == []
 
 
