@@ -21,7 +21,7 @@ from pathlib import Path
 from jobs.doctor.machine import DEMO_BYTES
 from jobs.stages import Progress
 from pipeline import console
-from pipeline.coordinate import read_coverages
+from pipeline.coordinate import Coverages
 from pipeline.regions import find_regions
 from pipeline.store import Store
 
@@ -174,7 +174,7 @@ def _stride(store: Store) -> int:
     """Step of the grid of regions: their side, or less where they are few, or more where their
     pixels are too many to be packed in minutes.
     """
-    side, coverages = store.spec.region, read_coverages(store)
+    side, coverages = store.spec.region, Coverages(store)
 
     def count(stride: int) -> int:
         return len(find_regions(coverages, side, stride, store.provenance["min_tissue"]))

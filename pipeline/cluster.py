@@ -26,6 +26,11 @@ from typing import Any, Protocol, runtime_checkable
 WORKER_MEMORY = "8GB"
 WORKERS_WITHIN_S = 600
 IN_FLIGHT_PER_WORKER = 2
+# The profiler looks a hundred times a second, and a task is one call into a C library.
+SETTINGS = {
+    "distributed.comm.timeouts.connect": "30s",
+    "distributed.worker.profile.interval": "200ms",
+}
 
 
 @runtime_checkable
@@ -35,6 +40,10 @@ class Workers(Protocol):
     @property
     def capacity(self) -> int:
         """How many tasks to keep in flight."""
+
+    @property
+    def dashboard(self) -> str | None:
+        """The address of a page that shows what the workers do, where there is one."""
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Start a task."""
@@ -47,6 +56,7 @@ class InlineWorkers:
     """Runs one task at a time in this process, when its result is asked for."""
 
     capacity = 1
+    dashboard = None
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
@@ -78,6 +88,15 @@ class DaskWorkers:
     def capacity(self) -> int:
         """Two tasks for every thread that is there now."""
         return IN_FLIGHT_PER_WORKER * max(1, sum(self._client.nthreads().values()))
+
+    @property
+    def dashboard(self) -> str | None:
+        """Where the scheduler's dashboard is."""
+        try:
+            link: str | None = self._client.dashboard_link
+        except KeyError:  # a scheduler that was started without one
+            return None
+        return link or None
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Send a task to the scheduler."""
@@ -119,7 +138,7 @@ def connect(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged_environment())
-        stack.enter_context(dask.config.set({"distributed.comm.timeouts.connect": "30s"}))
+        stack.enter_context(dask.config.set(SETTINGS))
         address: Any = where
         if where == "local":
             address = stack.enter_context(_local_cluster(workers))
@@ -164,7 +183,7 @@ def _local_cluster(workers: int | None) -> Any:
         n_workers=workers or len(os.sched_getaffinity(0)),
         threads_per_worker=1,
         processes=True,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
     )
 
 
@@ -193,13 +212,12 @@ def _slurm_cluster(workers: int, logs: Path) -> Any:
         memory=configured["memory"] or WORKER_MEMORY,
         walltime=walltime,
         log_directory=str(logs),
-        # They leave one by one within the last quarter, as the lifetime is that long ± an eighth.
         worker_extra_args=[
             "--no-dashboard",
-            *("--lifetime", f"{limit_s * 3 // 4}s", "--lifetime-stagger", f"{limit_s // 8}s"),
+            *lifetime_arguments(limit_s),
             *configured["worker-extra-args"],
         ],
-        scheduler_options={"dashboard_address": None, **configured["scheduler-options"]},
+        scheduler_options={"dashboard_address": ":0", **configured["scheduler-options"]},
     )
     # A site that refuses these jobs would otherwise be asked again and again, without a word.
     trial = subprocess.run(
@@ -213,6 +231,13 @@ def _slurm_cluster(workers: int, logs: Path) -> Any:
         )
     cluster.adapt(minimum_jobs=workers, maximum_jobs=workers)  # replaces those that end
     return cluster
+
+
+def lifetime_arguments(limit_s: int) -> list[str]:
+    """Options by which Dask workers leave one by one within the last part of their time limit: at
+    three quarters of it, give or take an eighth.
+    """
+    return ["--lifetime", f"{limit_s * 3 // 4}s", "--lifetime-stagger", f"{limit_s // 8}s"]
 
 
 def slurm_seconds(limit: str) -> int:

@@ -9,6 +9,7 @@ is too little. It shows progress, and files that mark progress are replaced by r
 killed process never leaves half of one.
 """
 
+import errno
 import inspect
 import json
 import os
@@ -95,7 +96,7 @@ def say_plan(plan: str, folder: Path, needed_bytes: int) -> None:
     """Print a plan and the disk that it takes where `folder` lies; a `ValueError` when less is
     free.
     """
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     say(f"{plan}\ndisk: {size(needed_bytes)} needed at most, {size(free)} free at {folder}")
     check_free_disk(folder, needed_bytes)
 
@@ -159,18 +160,26 @@ def write_bytes_atomic(path: Path, payload: bytes) -> None:
     """Replace the file at `path` in one step: write beside it, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("wb") as stream:
-        stream.write(payload)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether what went wrong is that a disk, or what one may use of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_free_disk(folder: Path, needed_bytes: int) -> None:
     """Raise a `ValueError` when the disk that will hold `folder` has less than `needed_bytes`
     free.
     """
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise ValueError(
             f"{folder} needs about {size(needed_bytes)} but its disk has {size(free)} free; "
@@ -178,7 +187,8 @@ def check_free_disk(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk that holds, or will hold, `folder`."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

@@ -3,21 +3,21 @@ chooses the regions.
 
 At most `capacity` tasks are in flight, whatever the number of images. A task that dies takes
 nothing with it: of several images each is tried again alone, and one that dies alone is recorded
-as failed, with the reason.
+as failed, with the reason. Only a full disk ends the run, as it would end every image after it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import Workers
-from pipeline.console import say
+from pipeline.console import is_disk_full, say
 from pipeline.ome import SHARD_PX
-from pipeline.plan import ImageJob
+from pipeline.plan import Failure, ImageJob
 from pipeline.preview import draw_previews
 from pipeline.regions import (
     MAX_SIDE_PX,
@@ -64,6 +64,8 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
             try:
                 image = open_template(store.path, job)
             except (ValueError, OSError) as error:
+                if is_disk_full(error):
+                    raise
                 end(Outcome(job.image_id, "failed", str(error), 0.0))
                 continue
             missing = [key for key in image.shard_keys() if not image.has_shard(key)]
@@ -88,6 +90,8 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
             return
         arguments, result = workers.next_result()
         in_flight -= 1
+        if isinstance(result, Exception) and is_disk_full(result):
+            raise result
         if isinstance(result, Exception) and isinstance(arguments[1], list) and arguments[1][1:]:
             ready.extend((ingest_images, (store.path, [job])) for job in arguments[1])
             continue
@@ -105,13 +109,25 @@ def run_jobs(store: Store, jobs: Sequence[ImageJob], workers: Workers) -> Iterat
                 yield outcome
 
 
-def read_coverages(store: Store) -> dict[str, Coverage]:
-    """Where every image that is ok has tissue or valid data."""
-    return {
-        name: Coverage(state["shape"][1], state["shape"][2], store.coverage(name))
-        for name, state in store.image_states().items()
-        if state["state"] == "ok"
-    }
+class Coverages(Mapping[str, Coverage]):
+    """Where every image that is ok has tissue or valid data, read when it is asked for: those of a
+    thousand slides are more than memory holds.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        states = store.image_states().items()
+        self._shapes = {name: s["shape"] for name, s in states if s["state"] == "ok"}
+
+    def __getitem__(self, name: str) -> Coverage:
+        _, height, width = self._shapes[name]
+        return Coverage(height, width, self._store.coverage(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def choose_regions(
@@ -124,7 +140,7 @@ def choose_regions(
     `ValueError` when regions of the wanted side pass nowhere and smaller ones would.
     """
     states = {name: s for name, s in store.image_states().items() if s["state"] == "ok"}
-    coverages = read_coverages(store)
+    coverages = Coverages(store)
     chosen = side or largest_passing_side(coverages, stride, min_tissue) or MAX_SIDE_PX
     regions = find_regions(coverages, chosen, stride or chosen, min_tissue)
     if not regions:
@@ -161,6 +177,8 @@ def run_previews(store: Store, workers: Workers) -> Iterator[str]:
         while in_flight and (batch is None or in_flight >= workers.capacity):
             (_, drawn), result = workers.next_result()
             in_flight -= 1
+            if isinstance(result, Exception) and is_disk_full(result):
+                raise result
             if isinstance(result, Exception):
                 say(f"previews of {', '.join(name for name, _ in drawn)} failed: {result}")
             yield from (name for name, _ in drawn)
@@ -193,6 +211,32 @@ def _outcomes(arguments: tuple[Any, ...], result: Any) -> list[Outcome]:
     return [Outcome(job.image_id, "failed", reason, 0.0) for job in jobs]
 
 
+def failure_state(failure: Failure) -> dict[str, Any]:
+    """The record of an input that was never opened, or cannot be used."""
+    return _unknown(failure.image_id, failure.path) | {
+        "state": "failed",
+        "reason": failure.reason,
+        "seconds": 0.0,
+    }
+
+
+def _unknown(image_id: str, path: Path) -> dict[str, Any]:
+    """The record of an image of which nothing is known yet but the file."""
+    names = ("state", "reason", "shape", "spacing", "native_spacing", "spacing_source", "group")
+    more = ("patient", "split", "label", "seconds", "nodes", "tissue")
+    try:
+        size = path.stat().st_size
+    except OSError:
+        size = None
+    return {
+        **dict.fromkeys(names + more),
+        "image": image_id,
+        "source": str(path),
+        "source_bytes": size,
+        "bytes": 0,
+    }
+
+
 def _record(
     store: Store, job: ImageJob, outcome: Outcome, seconds: float, nodes: set[str]
 ) -> None:
@@ -200,10 +244,9 @@ def _record(
     store.write_image_state(
         job.image_id,
         {
-            "image": job.image_id,
+            **_unknown(job.image_id, job.source.path),
             "state": outcome.state,
             "reason": outcome.reason,
-            "source": str(job.source.path),
             "shape": list(job.shape),
             "spacing": job.spacing,
             "native_spacing": job.native_spacing,
@@ -215,5 +258,6 @@ def _record(
             "seconds": round(seconds, 3),
             "nodes": sorted(nodes),
             "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+            **outcome.facts,
         },
     )

@@ -1,20 +1,17 @@
 """Slides and aerial images in, a dataset store out: python -m pipeline.ingest.
 
 The plan comes first, then images shard by shard on Dask workers, then one region table for all of
-them, a preview of each, and a summary. Whatever was finished before the process died stays
-finished: the same command again does the rest.
+them, a preview of each, a sheet of all previews, and a summary. Whatever was finished before the
+process died, or the disk was full, stays finished: the same command again does the rest.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -22,20 +19,31 @@ from pipeline.cluster import connect
 from pipeline.console import (
     EXIT_DONE,
     EXIT_PARTIAL,
+    free_bytes,
+    is_disk_full,
     progress,
     run,
     say,
     say_plan,
-    write_bytes_atomic,
+    size,
 )
-from pipeline.coordinate import choose_regions, count_shards, run_jobs, run_previews
+from pipeline.coordinate import (
+    choose_regions,
+    count_shards,
+    failure_state,
+    run_jobs,
+    run_previews,
+)
 from pipeline.lock import hold_lock
-from pipeline.plan import Plan, describe_plan, make_plan, needed_bytes
+from pipeline.plan import ImageJob, Plan, describe_plan, make_plan, needed_bytes
+from pipeline.preview import draw_contact_sheet
 from pipeline.regions import CELL_PX
 from pipeline.sources import Labels
 from pipeline.store import Store
+from pipeline.summary import summarise, write_log
 
 LOCK_NAME = ".ingest.lock"
+SWEPT = ("states", "coverage", "previews", "outlines")
 AUTO = " (auto: the largest power of two of which one passes)"
 MIN_FRACTIONS = {"um": 0.25, "m": 0.9, "px": 0.9}  # glass is content, missing data is not
 
@@ -96,9 +104,7 @@ def ingest(options: Options) -> int:
     """Do what `options` say; returns the exit code."""
     region = _check(options)
     out = options.out
-    # A process killed at its very start leaves a folder with nothing but a lock.
-    begun = out.exists() and any(not i.name.startswith(LOCK_NAME) for i in out.iterdir())
-    store = Store.open(out) if begun else None
+    store = None if _is_fresh(out) else Store.open(out)
     targets = {"um": options.mpp, "m": options.gsd, "px": options.pixels}
     unit = next((unit for unit, target in targets.items() if target is not None), None)
     plan = make_plan(
@@ -123,36 +129,70 @@ def ingest(options: Options) -> int:
         )
     if options.dry_run:
         return EXIT_PARTIAL if plan.failures else EXIT_DONE
-    with hold_lock(out / LOCK_NAME):
-        store = store or Store.create(out, plan.spec, {"program": "pipeline.ingest"})
-        _sweep(store, plan, missing)
-        _relabel(store, plan, done)
-        for failure in plan.failures:
-            store.write_image_state(
-                failure.image_id,
-                {
-                    "image": failure.image_id,
-                    "state": "failed",
-                    "reason": failure.reason,
-                    "source": str(failure.path),
-                },
-            )
-        cluster, logs = options.cluster if missing else "inline", out.parent / "slurm-logs"
-        with connect(cluster, options.workers, logs) as workers:
-            total = sum(count_shards(job) for job in missing)
-            for _ in progress(run_jobs(store, missing, workers), total=total, desc="shards"):
-                pass
-            try:
-                fraction = options.min_tissue
-                if fraction is None:
-                    fraction = MIN_FRACTIONS[store.spec.unit]
-                store, how = choose_regions(store, region, options.stride, fraction)
-            finally:
-                _write_log(store)
-            names = store.image_ids()
-            for _ in progress(run_previews(store, workers), total=len(names), desc="previews"):
-                pass
-    return _summarise(store, plan, how)
+    try:
+        with hold_lock(out / LOCK_NAME) as check_lock:
+            return _ingest(options, plan, missing, done, store, region, check_lock)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise ValueError(
+            f"the disk of {out} is full ({size(free_bytes(out))} free); what is finished is kept, "
+            "so make room and run the same command again"
+        ) from error
+
+
+def _ingest(
+    options: Options,
+    plan: Plan,
+    missing: Sequence[ImageJob],
+    done: Set[str],
+    store: Store | None,
+    region: int,
+    check_lock: Callable[[], None],
+) -> int:
+    """What is done while the lock is held: everything that is written."""
+    out = options.out
+    store = store or Store.create(out, plan.spec, {"program": "pipeline.ingest"})
+    _sweep(store, plan)
+    _relabel(store, plan, done)
+    for failure in plan.failures:
+        store.write_image_state(failure.image_id, failure_state(failure))
+    cluster, logs = options.cluster if missing else "inline", out.parent / "slurm-logs"
+    with connect(cluster, options.workers, logs) as workers:
+        if workers.dashboard:
+            say(f"dashboard: {workers.dashboard}")
+        total = sum(count_shards(job) for job in missing)
+        for _ in progress(run_jobs(store, missing, workers), total=total, desc="shards"):
+            check_lock()
+        try:
+            fraction = options.min_tissue
+            if fraction is None:
+                fraction = MIN_FRACTIONS[store.spec.unit]
+            store, how = choose_regions(store, region, options.stride, fraction)
+        finally:
+            write_log(store)
+        names = store.image_ids()
+        for _ in progress(run_previews(store, workers), total=len(names), desc="previews"):
+            check_lock()
+    draw_contact_sheet(store)
+    ours = {job.image_id for job in plan.jobs} | {f.image_id for f in plan.failures}
+    return EXIT_PARTIAL if summarise(store, ours, "" if region else AUTO, how) else EXIT_DONE
+
+
+def _is_fresh(out: Path) -> bool:
+    """Whether there is no store yet, nor anything else but what a process killed at its very start
+    leaves: a lock and empty groups.
+    """
+    if not out.exists():
+        return True
+    for item in out.iterdir():
+        if item.name in ("images", "embeddings"):
+            remains = all(i.name == "zarr.json" or i.suffix == ".partial" for i in item.iterdir())
+        else:
+            remains = item.name.startswith(LOCK_NAME) or item.suffix == ".partial"
+        if not remains:
+            return False
+    return True
 
 
 def _check(options: Options) -> int:
@@ -215,14 +255,19 @@ def _is_whole(store: Store | None, image_id: str) -> bool:
         return False
 
 
-def _sweep(store: Store, plan: Plan, missing: Sequence[object]) -> None:
+def _sweep(store: Store, plan: Plan) -> None:
     """Remove what killed processes left half-written, and old failures of inputs that are tried
     again.
     """
-    names = {job.image_id for job in plan.jobs} if missing else set()
-    for name in names:
-        for leftover in store.image_path(name).rglob("*.partial"):
-            leftover.unlink()
+    names = [job.image_id for job in plan.jobs]
+    folders = [store.image_path(name) for name in names]
+    folders += [store.path / name for name in SWEPT]
+    for folder in folders:
+        for leftover in folder.rglob("*.partial"):
+            leftover.unlink(missing_ok=True)
+    for leftover in store.path.glob("*.partial"):
+        if not leftover.name.startswith(LOCK_NAME):
+            leftover.unlink(missing_ok=True)
     paths = {str(job.source.path) for job in plan.jobs} | {str(f.path) for f in plan.failures}
     for name, state in store.image_states().items():
         if state["state"] == "failed" and state["source"] in paths:
@@ -235,49 +280,6 @@ def _relabel(store: Store, plan: Plan, done: Set[str]) -> None:
         state = store.image_state(job.image_id) if job.image_id in done else None
         if state is not None and job.source.label not in (None, state.get("label")):
             store.write_image_state(job.image_id, {**state, "label": job.source.label})
-
-
-def _write_log(store: Store) -> None:
-    lines = [json.dumps(state, sort_keys=True) for state in store.image_states().values()]
-    write_bytes_atomic(store.path / "images.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-def _summarise(store: Store, plan: Plan, how: str) -> int:
-    """Write `summary.md`, say where to look, return the exit code."""
-    states = store.image_states()
-    regions = store.regions()
-    ends = Counter(state["state"] for state in states.values())
-    splits = Counter(region.split for region in regions)
-    counted = (
-        ", ".join(f"{splits[s]} {s}" for s in ("train", "val", "test") if splits[s]) or "none"
-    )
-    lines = [
-        f"images: {ends['ok']} ok, {ends['empty']} empty, {ends['failed']} failed",
-        f"regions of {store.spec.region} px{'' if plan.spec.region else AUTO}: {len(regions)} "
-        f"({counted}); {how}",
-    ]
-    ours = {job.image_id for job in plan.jobs} | {f.image_id for f in plan.failures}
-    failed = sorted(
-        (s for name, s in states.items() if s["state"] == "failed" and name in ours),
-        key=lambda s: str(s["source"]),
-    )
-    notable = [s for s in states.values() if s["state"] != "ok"]
-    details = [f"- {s['state']}: {_name_reason(s)}" for s in notable]
-    text = "\n".join(["# What is in this store", "", *(f"- {line}" for line in lines), *details])
-    write_bytes_atomic(store.path / "summary.md", (text + os.linesep).encode())
-    for line in lines + [f"failed: {_name_reason(s)}" for s in failed]:
-        say(line)
-    say(
-        f"look at {store.path / 'previews'} (train green, val blue, test orange), then at "
-        f"{store.path / 'summary.md'}"
-    )
-    return EXIT_PARTIAL if failed else EXIT_DONE
-
-
-def _name_reason(state: Mapping[str, Any]) -> str:
-    """Why an image ended as it did, with its path, which most reasons already name."""
-    source, reason = str(state["source"]), str(state["reason"])
-    return reason if source in reason else f"{source}: {reason}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,5 @@
-"""A picture of an image: its thumbnail, the outline of its tissue or valid data, its regions
-coloured by split.
+"""Pictures to look at: of an image its thumbnail, the outline of its tissue or valid data, its
+regions coloured by split; of all images one sheet of these, with name and state.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt, UInt8
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pipeline.console import write_bytes_atomic
 from pipeline.ome import OmeImage
@@ -23,6 +25,9 @@ MAX_SIDE_PX, MIN_SIDE_PX = 1024, 384
 COLOURS = {"train": (0, 140, 60), "val": (30, 90, 230), "test": (235, 120, 0)}
 OUTLINE = (255, 230, 0)
 BRIGHT_PERCENTILE = 99.5
+TILE_PX, MIN_TILE_PX, CAPTION_PX, MAX_CAPTION = 256, 64, 34, 120
+MAX_SHEET_PX, MAX_SHEET_IMAGES, SHEET_ASPECT = 8000, 10_000, 1.3
+BAD = (190, 20, 20)
 
 
 def draw_previews(store_path: Path, images: Sequence[tuple[str, list[Region]]]) -> None:
@@ -41,6 +46,53 @@ def draw_previews(store_path: Path, images: Sequence[tuple[str, list[Region]]]) 
         payload = io.BytesIO()
         picture.save(payload, "png", pnginfo=notes)
         write_bytes_atomic(target, payload.getvalue())
+
+
+def draw_contact_sheet(store: Store) -> Path:
+    """Draw all images of the store, those that failed too, on one sheet.
+
+    Thumbnails shrink as images grow in number, so that no side is much beyond `MAX_SHEET_PX`; of
+    more than `MAX_SHEET_IMAGES` only the first are shown.
+    """
+    states = dict(list(store.image_states().items())[:MAX_SHEET_IMAGES])
+    columns = max(1, math.ceil(math.sqrt(SHEET_ASPECT * len(states))))
+    rows = -(-len(states) // columns)
+    tile = max(MIN_TILE_PX, min(TILE_PX, MAX_SHEET_PX // max(columns, rows) - CAPTION_PX))
+    sheet = Image.new("RGB", (columns * tile, max(1, rows) * (tile + CAPTION_PX)), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(CAPTION_PX // 2 - 3)
+    for number, (name, state) in enumerate(states.items()):
+        row, column = divmod(number, columns)
+        left, top = column * tile, row * (tile + CAPTION_PX)
+        preview = store.preview_path(name)
+        if preview.is_file():
+            with Image.open(preview) as picture:
+                picture.thumbnail((tile - 4, tile - 4))
+                sheet.paste(picture, (left + 2, top + 2))
+        lines = (Path(state["source"]).name, state["state"])
+        if state["state"] != "ok":
+            pen.rectangle((left, top, left + tile - 1, top + tile - 1), outline=BAD, width=2)
+            lines = (lines[0], f"{state['state']}: {state['reason']}")
+        for line, text in enumerate(lines):
+            place = (left + 3, top + tile + line * CAPTION_PX // 2)
+            colour = (0, 0, 0) if state["state"] == "ok" or line == 0 else BAD
+            pen.text(place, _fitting(pen, text, tile - 6, font), fill=colour, font=font)
+    payload = io.BytesIO()
+    sheet.save(payload, "jpeg", quality=88)
+    write_bytes_atomic(store.contact_sheet_path, payload.getvalue())
+    return store.contact_sheet_path
+
+
+def _fitting(pen: ImageDraw.ImageDraw, text: str, width: int, font: Any) -> str:
+    """`text` in one line of at most `width` px, its end cut off if need be."""
+    text = " ".join(text.split())[:MAX_CAPTION]
+    length = pen.textlength(text, font)
+    if length <= width:
+        return text
+    text = text[: math.ceil(len(text) * width / length)]
+    while text and pen.textlength(f"{text}…", font) > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def _draw(image: OmeImage, label: OmeImage, regions: Sequence[Region]) -> Image.Image:

@@ -81,7 +81,8 @@ def find_regions(
 ) -> list[Region]:
     """All regions that pass, sorted by (image, y, x), their split still empty."""
     regions: list[Region] = []
-    for image, coverage in sorted(coverages.items()):
+    for image in sorted(coverages):
+        coverage = coverages[image]
         fractions = grid_fractions(coverage, side, stride)
         for row, column in np.argwhere(fractions >= min_tissue).tolist():
             regions.append(

@@ -6,6 +6,8 @@
     states/<image-id>.json                  how the image ended: ok, empty or failed, and why
     coverage/<image-id>.npy                 tissue or valid pixels per cell of 16 px
     previews/<image-id>.png                 a picture to look at
+    outlines/<image-id>.geojson             the tissue of a slide, for QuPath
+    contact-sheet.jpg, summary.md           all images at a glance; images.jsonl: one line each
     regions.parquet                         the region table, chosen from the coverages
     embeddings/<encoder-key>/<footprint>/<image-id>    tokens (gy, gx, d) on a lattice
 
@@ -15,16 +17,16 @@ rename.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Bool, UInt16
 
 from pipeline.console import write_json_atomic
@@ -105,6 +107,24 @@ class Store(Embeddings):
         """Where an image's preview lies."""
         return self.path / "previews" / f"{image_id}.png"
 
+    @property
+    def contact_sheet_path(self) -> Path:
+        """Where the sheet of all images lies."""
+        return self.path / "contact-sheet.jpg"
+
+    def outline_path(self, image_id: str) -> Path:
+        """Where the outlines of a slide's tissue lie."""
+        return self.path / "outlines" / f"{image_id}.geojson"
+
+    def write_outlines(self, image_id: str, features: Iterator[dict[str, Any]]) -> None:
+        """Keep a slide's outlines (`pipeline.outline`), one at a time in memory."""
+        path = self.outline_path(image_id)
+        with _replacing(path) as stream:
+            stream.write(b'{"type": "FeatureCollection", "features": [')
+            for number, feature in enumerate(features):
+                stream.write(f"{',' if number else ''}\n{json.dumps(feature)}".encode())
+            stream.write(b"\n]}\n")
+
     def image_ids(self) -> list[str]:
         """The images that are whole and have content, sorted."""
         return [i for i, state in self.image_states().items() if state["state"] == "ok"]
@@ -183,12 +203,8 @@ class Store(Embeddings):
 
     def write_coverage(self, image_id: str, counts: UInt16[np.ndarray, "gy gx"]) -> None:
         """Keep how many pixels of each cell of 16 px are tissue or valid."""
-        target = self.path / "coverage" / f"{image_id}.npy"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{image_id}.{os.getpid()}.partial")
-        with temporary.open("wb") as stream:
+        with _replacing(self.path / "coverage" / f"{image_id}.npy") as stream:
             np.save(stream, counts)
-        temporary.replace(target)
 
     def coverage(self, image_id: str) -> UInt16[np.ndarray, "gy gx"]:
         """How many pixels of each cell of 16 px are tissue or valid."""
@@ -201,6 +217,8 @@ class Store(Embeddings):
             raise ValueError(
                 f"{self.path} has no region table yet; run python -m pipeline.ingest to its end"
             )
+        import pandas as pd  # here, as no worker of an ingest needs it
+
         rows = pd.read_parquet(table).to_dict("records")
         return [
             Region(index=i, **{str(k): v for k, v in row.items()}) for i, row in enumerate(rows)
@@ -208,11 +226,12 @@ class Store(Embeddings):
 
     def write_regions(self, regions: Sequence[Region]) -> None:
         """Replace the region table; regions are sorted and numbered anew."""
+        import pandas as pd
+
         columns = ["image", "y", "x", "side", "tissue", "split"]
         rows = sorted((asdict(r) for r in regions), key=lambda r: (r["image"], r["y"], r["x"]))
-        temporary = self.path / f".regions.{os.getpid()}.partial"
-        pd.DataFrame(rows, columns=columns).to_parquet(temporary, index=False)
-        temporary.replace(self.path / "regions.parquet")
+        with _replacing(self.path / "regions.parquet") as stream:
+            pd.DataFrame(rows, columns=columns).to_parquet(stream, index=False)
 
     def fingerprint(self) -> str:
         """A hash of the specification, the region table and the classes: what was made from a
@@ -225,3 +244,18 @@ class Store(Embeddings):
         if classes := self.classes():
             content["classes"] = classes
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its place at `path` when all of it is written, and leaves nothing
+    otherwise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

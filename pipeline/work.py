@@ -2,8 +2,9 @@
 result.
 
 A small image is one task from template to mask; several small ones share a task. A large image has
-a task for each shard of level 0, and one at its end for the coarse levels, the tissue mask and the
-coverage.
+a task for each shard of level 0, and one at its end for the coarse levels, the tissue mask, the
+coverage and the outlines. What a full disk does to a task is not its image's fault: the error
+leaves the task, and the coordinator stops.
 """
 
 from __future__ import annotations
@@ -12,37 +13,43 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt, UInt16
 
+from pipeline.console import is_disk_full
+from pipeline.memory import keep_freed_memory
 from pipeline.ome import OmeImage
-from pipeline.places import place_attributes
+from pipeline.outline import tissue_features
+from pipeline.places import SCALE, place_attributes
 from pipeline.plan import ImageJob
+from pipeline.preview import draw_previews
 from pipeline.readers import TileError
 from pipeline.regions import CELL_PX
 from pipeline.resample import Resampled
 from pipeline.store import UNITS, Store
-from pipeline.tissue import tissue_mask
+from pipeline.tissue import find_tissue
 
-TISSUE_LEVEL = 4
 COVERAGE_ROWS_PX = 1024
+STRIP_PX = 512
 _HOST = socket.gethostname()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended for one image, and on which machine: `ok` may still be without an end,
-    which `state` has once there is one.
+    """How a task ended for one image, and on which machine; `working` is no end yet. `facts` is
+    what was found out about the image.
     """
 
     image_id: str
     state: Literal["working", "ok", "empty", "failed"]
     reason: str
     seconds: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
     node: str = field(default_factory=lambda: os.environ.get("SLURMD_NODENAME", _HOST))
 
 
@@ -77,15 +84,13 @@ def ingest_images(store_path: Path, jobs: list[ImageJob]) -> list[Outcome]:
     outcomes = []
     for job in jobs:
         started = time.monotonic()
-        state: Literal["ok", "empty", "failed"]
         try:
             image = open_template(store_path, job)
             keys = [key for key in image.shard_keys() if not image.has_shard(key)]
             _write_shards(Store.open(store_path), job, image, keys)
-            state, reason = _finish(Store.open(store_path), job, image)
+            outcomes.append(_finish(Store.open(store_path), job, image, started))
         except Exception as error:
-            state, reason = "failed", _reason(job, error)
-        outcomes.append(Outcome(job.image_id, state, reason, time.monotonic() - started))
+            outcomes.append(_failed(job, error, started))
     return outcomes
 
 
@@ -93,84 +98,88 @@ def ingest_shard(store_path: Path, job: ImageJob, key: tuple[int, int]) -> list[
     """Write one shard of a large image, and the same part of its mask."""
     started = time.monotonic()
     store = Store.open(store_path)
-    state: Literal["working", "failed"] = "working"
-    reason = ""
     try:
         _write_shards(store, job, store.image(job.image_id), [key])
     except Exception as error:
-        state, reason = "failed", _reason(job, error)
-    return [Outcome(job.image_id, state, reason, time.monotonic() - started)]
+        return [_failed(job, error, started)]
+    return [Outcome(job.image_id, "working", "", time.monotonic() - started)]
 
 
-def _reason(job: ImageJob, error: Exception) -> str:
+def _failed(job: ImageJob, error: Exception, started: float) -> Outcome:
     """What befell an image: the sentence of an error that has one, else its kind as well."""
-    if isinstance(error, (TileError, ValueError, OSError)):
-        return str(error)
-    return f"{job.source.path} cannot be ingested ({type(error).__name__}: {error})"
+    if is_disk_full(error):
+        raise error
+    reason = str(error)
+    if not isinstance(error, (TileError, ValueError, OSError)):
+        reason = f"{job.source.path} cannot be ingested ({type(error).__name__}: {error})"
+    return Outcome(job.image_id, "failed", reason, time.monotonic() - started)
 
 
 def finish_image(store_path: Path, job: ImageJob) -> list[Outcome]:
     """End a large image whose shards are all written."""
     started = time.monotonic()
     store = Store.open(store_path)
-    state, reason = _finish(store, job, store.image(job.image_id))
-    return [Outcome(job.image_id, state, reason, time.monotonic() - started)]
+    return [_finish(store, job, store.image(job.image_id), started)]
 
 
 def _write_shards(
     store: Store, job: ImageJob, image: OmeImage, keys: list[tuple[int, int]]
 ) -> None:
+    keep_freed_memory()
     with job.source.open() as reader:
         target = Resampled(reader, job.spacing)
         label = store.label(job.image_id)
         for key in keys:
             box = image.shard_box(key)
             if reader.mask_kind == "valid":
-                label.write_shard(key, target.read_valid(*box)[None].astype(np.uint8))
-            image.write_shard(key, target.read(*box))
+                pixels, valid = _read_with_valid(target, *box)
+                label.write_shard(key, valid.astype(np.uint8))
+                image.write_shard(key, pixels)
+            else:
+                image.write_shard(key, target.read(*box))
 
 
-def _finish(store: Store, job: ImageJob, image: OmeImage) -> tuple[Literal["ok", "empty"], str]:
+def _read_with_valid(
+    target: Resampled, y: int, x: int, height: int, width: int
+) -> tuple[UInt[np.ndarray, "c h w"], Bool[np.ndarray, "1 h w"]]:
+    """The pixels of a box and which of them are data, strip by strip, so that what a reader has
+    decoded for the one is still in its cache for the other.
+    """
+    pixels = np.empty((target.shape[0], height, width), target.reader.dtype)
+    valid = np.empty((1, height, width), bool)
+    for top in range(0, height, STRIP_PX):
+        box = (y + top, x, min(STRIP_PX, height - top), width)
+        pixels[:, top : top + STRIP_PX] = target.read(*box)
+        valid[0, top : top + STRIP_PX] = target.read_valid(*box)
+    return pixels, valid
+
+
+def _finish(store: Store, job: ImageJob, image: OmeImage, started: float) -> Outcome:
     """Complete the pyramids and find where the content is."""
     image.finish()
     label = store.label(job.image_id)
+    facts: dict[str, Any] = {}
     if store.mask_kind(job.image_id) == "tissue":
-        mask = tissue_mask(_picture(image))
+        tissue = find_tissue(image)
         for key in label.shard_keys():
             y, x, height, width = label.shard_box(key)
-            part = mask[None, y : y + height, x : x + width]
+            part = tissue.mask[None, y : y + height, x : x + width]
             label.write_shard(key, part.astype(np.uint8))
-        counts = _pixels_in_cells(mask, image.shape[1], image.shape[2])
-        nothing = "no tissue was found"
+        counts = _pixels_in_cells(tissue.mask, image.shape[1], image.shape[2])
+        nothing, facts = "no tissue was found", {"tissue": tissue.facts}
+        scale = float(image.attributes[SCALE])
+        store.write_outlines(job.image_id, tissue_features(tissue.mask, *image.shape[1:], scale))
     else:
         counts = _count_valid(label)
         nothing = "no valid data"
     label.finish()
     store.write_coverage(job.image_id, counts)
-    if counts.any():
-        return "ok", ""
-    shutil.rmtree(image.path)
-    return "empty", nothing
-
-
-def _picture(image: OmeImage) -> UInt[np.ndarray, "3 h w"]:
-    """The red, green and blue of `image`, one pixel per cell of 16 px."""
-    level = min(TISSUE_LEVEL, image.num_levels - 1)
-    _, height, width = image.level_shape(level)
-    picture = image.read(0, 0, height, width, level)[:3]
-    return _box_means(picture, 1 << (TISSUE_LEVEL - level))
-
-
-def _box_means(picture: UInt[np.ndarray, "3 h w"], side: int) -> UInt[np.ndarray, "3 h2 w2"]:
-    """Means over squares of `side` px, those at the far edges over what is there of them."""
-    if side == 1:
-        return picture
-    ys, xs = (np.arange(0, n, side) for n in picture.shape[1:])
-    sums = np.add.reduceat(np.add.reduceat(picture, ys, axis=1, dtype=np.int64), xs, axis=2)
-    height, width = (
-        np.diff(np.append(edges, n)) for edges, n in zip((ys, xs), picture.shape[1:], strict=True)
-    )
-    return (sums / (height[:, None] * width) + 0.5).astype(picture.dtype)
+    state: Literal["ok", "empty"] = "ok" if counts.any() else "empty"
+    if state == "empty":
+        draw_previews(store.path, [(job.image_id, [])])
+        shutil.rmtree(image.path)
+    reason = "" if state == "ok" else nothing
+    return Outcome(job.image_id, state, reason, time.monotonic() - started, facts)
 
 
 def _pixels_in_cells(

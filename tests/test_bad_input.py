@@ -17,8 +17,9 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kill_ingest import pixels_of
 from processes import tree
-from test_ingest import ROOT, draw_slide, ingest, pixels_of, write_aerial, write_slide
+from test_ingest import ROOT, draw_slide, ingest, write_aerial, write_slide
 
 import pipeline.coordinate
 from pipeline import console

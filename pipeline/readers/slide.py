@@ -33,9 +33,10 @@ from pipeline.readers.protocol import (
     read_patiently,
 )
 
-STRIP_PX = 1024
+STRIP_PX = 512
 OPAQUE = 255
 GENERIC = "generic-tiff"  # written by anyone; scanners average
+CACHED_ROWS = 16
 STATED_MPP = ("aperio.MPP",)  # what OpenSlide drops where it is no number
 MAX_ALIGNMENT_PX = 64  # levels that are coarser and not whole at the corner are left out
 
@@ -99,7 +100,7 @@ class SlideReader:
         for top in range(0, height, STRIP_PX):
             strip = min(STRIP_PX, height - top)
             rgba = self._read_rgba((y + top, x, strip, width), level)
-            pixels[:, top : top + strip] = _over(rgba, self._background)
+            _paint(rgba, self._background, pixels[:, top : top + strip])
         return pixels
 
     def read_valid(self, y: int, x: int, height: int, width: int) -> Bool[np.ndarray, "h w"]:
@@ -174,12 +175,24 @@ class SlideReader:
         return checked_spacing(self.path, (y, x), "um", source), source
 
 
-def _over(
-    rgba: UInt8[np.ndarray, "4 h w"], background: UInt8[np.ndarray, 3]
-) -> UInt8[np.ndarray, "3 h w"]:
-    """`rgba` painted over a background colour."""
-    if rgba[3].min() == OPAQUE:
-        return rgba[:3]
+def _paint(
+    rgba: UInt8[np.ndarray, "4 h w"],
+    background: UInt8[np.ndarray, 3],
+    into: UInt8[np.ndarray, "3 h w"],
+) -> None:
+    """Put `rgba` over a background colour into `into`.
+
+    Its four bytes a pixel are taken apart as one number, a few rows at a time, in half the time
+    of a copy with strides.
+    """
+    words = np.ascontiguousarray(np.moveaxis(rgba, 0, 2)).view("<u4")[..., 0]
+    if np.bitwise_and.reduce(words, axis=None) >> 24 == OPAQUE:
+        for top in range(0, len(words), CACHED_ROWS):
+            rows = slice(top, top + CACHED_ROWS)
+            for band in range(3):
+                out = into[band, rows]
+                np.right_shift(words[rows], np.uint32(8 * band), out=out, casting="unsafe")
+        return
     alpha = rgba[3].astype(np.uint16)
     under = background[:, None, None].astype(np.uint16) * (OPAQUE - alpha)
-    return ((rgba[:3] * alpha + under + OPAQUE // 2) // OPAQUE).astype(np.uint8)
+    into[:] = (rgba[:3] * alpha + under + OPAQUE // 2) // OPAQUE
