@@ -166,8 +166,8 @@ def _finish(store: Store, job: ImageJob, image: OmeImage, started: float) -> Out
             label.write_shard(key, part.astype(np.uint8))
         counts = _pixels_in_cells(tissue.mask, image.shape[1], image.shape[2])
         nothing, facts = "no tissue was found", {"tissue": tissue.facts}
-        scale = job.spacing / job.native_spacing
-        store.write_outlines(job.image_id, tissue_features(tissue.mask, *image.shape[1:], scale))
+        features = tissue_features(tissue.mask, *image.shape[1:], _scale(job))
+        store.write_outlines(job.image_id, features)
     else:
         counts = _count_valid(label)
         nothing = "no valid data"
@@ -179,6 +179,16 @@ def _finish(store: Store, job: ImageJob, image: OmeImage, started: float) -> Out
         shutil.rmtree(image.path)
     reason = "" if state == "ok" else nothing
     return Outcome(job.image_id, state, reason, time.monotonic() - started, facts)
+
+
+def _scale(job: ImageJob) -> float:
+    """The side of a store pixel in pixels of the file, as they are read: spacings that hardly
+    differ are one.
+    """
+    source = job.source
+    with open_reader(source.path, source_mpp=source.mpp, source_gsd=source.gsd) as reader:
+        target = Resampled(reader, job.spacing)
+        return target.factor * reader.downsamples[target.level]
 
 
 def _pixels_in_cells(
