@@ -102,10 +102,11 @@ def test_the_finest_pattern_does_not_come_back_as_a_coarse_one() -> None:
 
 
 def spot(height: int, width: int, y: int, x: int, side: int) -> np.ndarray:
-    """White (h, w, 3) on tissue, but for a black square with its corner at (y, x)."""
-    pixels = draw_slide(height, width)
-    pixels[...] = 150
-    pixels[..., 1] = 80
+    """Red (h, w, 3) of 150 everywhere, as of tissue in focus, but for a black square with its
+    corner at (y, x).
+    """
+    pixels = np.full((height, width, 3), 150, np.uint8)
+    pixels[..., 1] = np.random.default_rng(0).integers(20, 140, (height, width))
     pixels[y : y + side, x : x + side] = 0
     return pixels
 
@@ -172,7 +173,8 @@ def test_a_point_of_the_store_lies_on_the_ground_where_it_was(
 @pytest.mark.parametrize("axes", ["YXS", "CYX"])
 def test_an_ome_tiff_of_16_bits_is_in_the_store_what_it_was(tmp_path: Path, axes: str) -> None:
     """At its own resolution exactly; at four times that the level that is, exactly."""
-    pixels = texture(700, 900, "uint16")
+    grain = np.random.default_rng(0).uniform(0.6, 1.0, (700, 900, 1))
+    pixels = (texture(700, 900, "uint16") * grain).astype(np.uint16)
     path = tmp_path / "s.ome.tif"
     names = {"Channel": {"Name": ["Red", "Green", "Blue"]}}
     planes = np.moveaxis(pixels, 2, 0)

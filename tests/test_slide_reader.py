@@ -117,10 +117,14 @@ def test_bounds_that_cannot_be_are_not_believed(
 def series(folder: Path, name: str, seed: int) -> list[Path]:
     """Three files of one slide, in an order that says nothing."""
     folder.mkdir(exist_ok=True)
-    pixels = np.repeat(np.repeat(draw_slide(64, 80, seed), 8, axis=0), 8, axis=1)
+    levels = [draw_slide(512, 640, seed)]
+    for _ in range(2):
+        h, w, _ = levels[-1].shape
+        means = levels[-1].reshape(h // 2, 2, w // 2, 2, 3).mean(axis=(1, 3))
+        levels.append(means.round().astype(np.uint8))
     return [
-        write_dicom(folder / f"{8 - n}-{name}.dcm", pixels[:: 2**n, :: 2**n], f"1.2.{seed}", n)
-        for n in range(3)
+        write_dicom(folder / f"{8 - n}-{name}.dcm", pixels, f"1.2.{seed}", n)
+        for n, pixels in enumerate(levels)
     ]
 
 

@@ -116,6 +116,7 @@ class RasterReader:
         if data.driver != "VRT":
             pixel_bytes = data.count * np.dtype(data.dtypes[0]).itemsize
             check_claim(self.path, data.height, data.width, data.height * data.width * pixel_bytes)
+        self._last: tuple[tuple[int, ...], np.ndarray] = (), np.empty(0)
         self._alpha = self._find_alpha()
         self._indexes, self.bands = self._find_bands()
         self.shape = (len(self.bands), data.height, data.width)
@@ -137,17 +138,20 @@ class RasterReader:
     ) -> UInt[np.ndarray, "c h w"]:
         """The pixels of a box; see `Reader.read`."""
         check_box(self.path, self.level_shape(level), y, x, height, width)
-        return self._read_patiently(
+        pixels = self._read_patiently(
             lambda w: self._data.read(self._indexes, window=w), y, x, height, width
         )
+        self._last = (y, x, height, width), pixels
+        return pixels
 
     def read_valid(self, y: int, x: int, height: int, width: int) -> Bool[np.ndarray, "h w"]:
-        """Which pixels of a box hold data."""
-        if self.unit == "px":
-            check_box(self.path, self.level_shape(0), y, x, height, width)
-            valid = np.ones((height, width), bool)
-        else:
-            valid = (self.read(y, x, height, width) != 0).any(axis=0)
+        """Which pixels of a box hold data; of the box that was read last, from its pixels."""
+        box, pixels = self._last
+        if box != (y, x, height, width):
+            pixels = self.read(y, x, height, width)
+        valid = np.ones((height, width), bool)
+        if self.unit != "px":
+            valid = (pixels != 0).any(axis=0)
         with _offline():
             flags = self._data.mask_flag_enums[self._indexes[0] - 1]
         if self._alpha is not None:
@@ -160,6 +164,12 @@ class RasterReader:
             )
         if MaskFlags.alpha in flags or MaskFlags.all_valid in flags:
             return valid
+        if MaskFlags.nodata in flags:
+            nothing = [self._data.nodatavals[index - 1] for index in self._indexes]
+            if not all(value in range(np.iinfo(self.dtype).max + 1) for value in nothing):
+                return valid
+            differs = pixels != np.array(nothing, self.dtype)[:, None, None]
+            return np.asarray(valid & differs.any(axis=0))
         masks = self._read_patiently(
             lambda w: self._data.read_masks(self._indexes, window=w), y, x, height, width
         )
