@@ -72,7 +72,7 @@ class ArrayField:
 @runtime_checkable
 class Estimator(Protocol):
     """A denoiser and a condition, evaluated over fields; leaves: `Painter`,
-    `sparse.painter.SparsePainter`, `baselines.PatchPainter`.
+    `sparse.painter.SparsePainter`, `baselines.PatchPainter`, and around any `editing.Edited`.
     """
 
     def estimate(
