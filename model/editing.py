@@ -41,7 +41,8 @@ from model.lattice import Box, tiles
 class Source(Protocol):
     """Values that are read by boxes and not written; a `generate.Field` is one."""
 
-    shape: tuple[int, int, int]
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
 
     def read(self, box: Box) -> Float[Tensor, "c h w"]:
         """Values of a box that has a part inside, zero outside."""
