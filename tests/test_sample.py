@@ -19,6 +19,7 @@ from jobs.evaluate.metrics import (
     region_thumbnails,
     thumbnail,
 )
+from jobs.info.describe import describe_image
 from pipeline.ome import OmeImage
 from pipeline.store import Store
 
@@ -191,6 +192,8 @@ def test_known_pixels_stay_and_the_rest_is_painted_anew(
     assert jobs.sample.main([*command, "--solver", "ancestral"]) == 0
     kept = coarse.repeat(8, axis=0).repeat(8, axis=1)
     before, after = pixels(undisturbed), pixels(out)
+    summary = str(describe_image(painted(out).path).lines)
+    assert "held to known" in summary and "mask.png" in summary
     np.testing.assert_array_equal(before[:, kept], after[:, kept])
     assert (before != after)[:, ~kept].mean() > 0.8
 
@@ -260,7 +263,7 @@ def test_mistakes_are_sentences(
     for more, sentence in (
         (["--region", "999"], "has regions 0 to"),
         (["--size", "big"], "--size takes a side"),
-        (["--scale", "3"], "--scale takes 1, 0.5"),
+        (["--scale", "3"], "--scale takes 4, 2, 1, 0.5"),
         (["--tile", "33"], "not a multiple of the coarse cell"),
         (["--steps", "0"], "takes a positive number"),
         (["--eta", "0.5"], "belongs to the solver ddim"),

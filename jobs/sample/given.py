@@ -77,7 +77,7 @@ class Given:
     """An image that is given, and what of it: means over 2^down x 2^down pixels of the painting,
     or the pixels themselves where a mask says so.
 
-    level: of the pixels that are painted. mask_path: as it was named.
+    level: of the pixels that are painted. mask_path: where the mask was read.
     """
 
     image: OmeImage
@@ -105,7 +105,8 @@ class Given:
         path = str(self.image.path.resolve())
         if self.mask is None:
             return {"low": path, "sha256": self._digest}
-        return {"known": path, "mask": str(self.mask_path), "sha256": self._digest}
+        assert self.mask_path is not None
+        return {"known": path, "mask": str(self.mask_path.resolve()), "sha256": self._digest}
 
     @cached_property
     def _digest(self) -> str:
