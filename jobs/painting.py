@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from model.deconvolve import WienerInverse, deconvolve
+from model.editing import Constraint, Edited, start_from
 from model.family import Denoiser, mollifier_of, noise_of, sampled_range
 from model.generate import (
     ArrayField,
@@ -32,7 +33,7 @@ from pipeline import console
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a painting, given the denoiser and the condition.
+    """What decides a painting, given the denoiser, the condition and any constraint.
 
     height, width: cells of the field (pixels at scale 1). steps: evaluations of the denoiser;
     guidance counts each twice. level: of the field's cells, below 0 finer than the training's.
@@ -63,6 +64,7 @@ def paint(
     recipe: Recipe,
     work: Path | None = None,
     report: Callable[[int, int], None] = lambda step, cells: None,
+    constraint: Constraint | None = None,
 ) -> ArrayField:
     """The painted field, standardised x0_hat; where the process is mollified, sharpened by the
     Wiener inverse of the mollifier.
@@ -70,7 +72,18 @@ def paint(
     Args:
         work: folder of the trajectory's fields; None keeps them in memory.
         report: called with the step (from 0) and the cells done, tile by tile.
+        constraint: what the image is held to, see `model.editing`; a folder's trajectory knows
+            nothing of it.
     """
+    sigma_px = mollifier_of(denoiser)
+    if constraint is not None:
+        if sigma_px:
+            raise ValueError(
+                f"the denoiser paints images mollified by {sigma_px:g} px, of which no exact "
+                "values are known before they are painted; edit with a run whose "
+                "mollifier_sigma_px is 0"
+            )
+        painter = Edited(painter, constraint)
     solver = recipe.make_solver()
     shape = (denoiser.config.channels, recipe.height, recipe.width)
     fields = [_field(work, name, shape) for name in ("u0", "u1")]
@@ -84,6 +97,8 @@ def paint(
     noise = noise_of(denoiser)
     if done == 0:
         start(fields[0], noise, recipe.seed, first, level=recipe.level)
+        if constraint is not None:
+            start_from(fields[0], constraint, first, level=recipe.level)
     for number in range(done, recipe.steps):
         here, there = number % 2, (number + 1) % 2
         state = Trajectory(fields[here], fields[there], memory[here], memory[there])
@@ -94,7 +109,6 @@ def paint(
             finish(painter, last if number else first, state, partial(report, number))
         _mark(work, recipe, number + 1, seconds_before + time.monotonic() - started)
     painted, other = fields[recipe.steps % 2], fields[(recipe.steps + 1) % 2]
-    sigma_px = mollifier_of(denoiser)
     if not sigma_px:
         return painted
     # What was painted stays as it is, so that a killed command can do this again.

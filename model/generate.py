@@ -60,19 +60,26 @@ class ArrayField:
         values = self.array[
             :, inside.y : inside.y + inside.height, inside.x : inside.x + inside.width
         ]
-        top, left = inside.y - box.y, inside.x - box.x
-        bottom = box.height - top - inside.height
-        right = box.width - left - inside.width
-        return F.pad(torch.from_numpy(np.array(values)), (left, right, top, bottom))
+        return padded(torch.from_numpy(np.array(values)), inside, box)
 
     def write(self, box: Box, values: Float[Tensor, "c h w"]) -> None:
         self.array[:, box.y : box.y + box.height, box.x : box.x + box.width] = values.cpu().numpy()
 
 
+def padded(
+    values: Float[Tensor, "c h w"], inside: Box, box: Box
+) -> Float[Tensor, "c height width"]:
+    """Values of `inside`, a part of `box`, as those of all of it: zero elsewhere."""
+    top, left = inside.y - box.y, inside.x - box.x
+    bottom = box.height - top - inside.height
+    right = box.width - left - inside.width
+    return F.pad(values, (left, right, top, bottom))
+
+
 @runtime_checkable
 class Estimator(Protocol):
     """A denoiser and a condition, evaluated over fields; leaves: `Painter`,
-    `sparse.painter.SparsePainter`, `baselines.PatchPainter`.
+    `sparse.painter.SparsePainter`, `baselines.PatchPainter`, and around any `editing.Edited`.
     """
 
     def estimate(

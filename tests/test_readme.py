@@ -80,6 +80,12 @@ def smaller(command: Command) -> list[str]:
     return [*kept, *(word for option, values in wanted.items() for word in (option, *values))]
 
 
+def named(word: str, folder: Path) -> str:
+    """FOLDER/NAME.zarr as the image that was painted there."""
+    where, name, _ = word.partition("/NAME.zarr")
+    return str(next((folder / where).glob("*.zarr"))) if name else word
+
+
 def launch(command: Command, arguments: list[str]) -> None:
     """Run a command under its launcher, with two ranks where the README has more."""
     launcher = [re.sub(r"^\d+$", "2", word) for word in command.launcher]
@@ -114,8 +120,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         command = take_apart(line)
         assert command is not None, f"nothing runs {line!r}; make a test run it, or explain"
         assert command.module in SMALLER, f"{line!r} is not run; say in SMALLER how it is small"
-        painted = str(next(iter((tmp_path / "images").glob("*.zarr")), "images/NAME.zarr"))
-        arguments = [word.replace("images/NAME.zarr", painted) for word in smaller(command)]
+        arguments = [named(word, tmp_path) for word in smaller(command)]
         if command.launcher[0] == "python":
             code = importlib.import_module(command.module).main(arguments)
             assert code in GOOD.get(command.module, (0,)), line

@@ -9,6 +9,7 @@ import pytest
 import tifffile
 from chain import Chain, train_arguments
 from openslide import OpenSlide
+from PIL import Image
 from processes import run, start, stop_when
 
 import jobs.sample
@@ -18,6 +19,7 @@ from jobs.evaluate.metrics import (
     region_thumbnails,
     thumbnail,
 )
+from jobs.info.describe import describe_image
 from pipeline.ome import OmeImage
 from pipeline.store import Store
 
@@ -128,6 +130,113 @@ def test_a_preview_is_the_coarse_level_of_the_image(
     assert abs(difference[inside]).max() <= 2
 
 
+def means(values: np.ndarray, side: int) -> np.ndarray:
+    c, h, w = values.shape
+    return values.reshape(c, h // side, side, w // side, side).mean(axis=(2, 4))
+
+
+def save_mask(path: Path, known: np.ndarray) -> str:
+    Image.fromarray(np.where(known, 255, 0).astype(np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def preview(chain: Chain, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Painted at a quarter of the resolution: 64 x 64 for 256 x 256."""
+    out = tmp_path_factory.mktemp("preview")
+    small = ["--size", "256", "--scale", "0.25", "--format", "zarr"]
+    assert jobs.sample.main(arguments(chain, trained, out, *small)) == 0
+    return painted(out).path
+
+
+def test_a_coarse_image_is_made_fine_and_keeps_its_means(
+    chain: Chain,
+    trained: Path,
+    preview: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    low = OmeImage.open(preview).read(0, 0, 64, 64)
+    images = []
+    for tile in ("auto", "64"):
+        out = tmp_path / tile
+        more = ["--low", str(preview), "--seed", "5", "--format", "zarr", "--tile", tile]
+        assert jobs.sample.main(arguments(chain, trained, out, *more)) == 0
+        images.append(pixels(out))
+        fine = images[-1].reshape(3, 64, 4, 64, 4)
+        # Where no pixel was clipped to 8 bits, only the rounding of each is left.
+        inside = ((fine > 0) & (fine < 255)).all(axis=(2, 4)).all(axis=0)
+        assert inside.mean() > 0.2
+        assert abs(means(images[-1], 4) - low)[:, inside].max() <= 0.5
+        assert fine.std(axis=(2, 4)).mean() > 1  # there are details
+    assert abs(images[0].astype(int) - images[1]).max() <= 1
+    capsys.readouterr()
+    assert jobs.sample.main(arguments(chain, trained, out, *more)) == 0
+    assert "already done" in capsys.readouterr().out
+    (record,) = out.glob("*.json")
+    given = json.loads(record.read_text())["identity"]["given"]
+    assert given["low"] == str(preview)
+    assert jobs.sample.main(arguments(chain, trained, out, "--seed", "5", "--size", "256")) == 2
+    assert "was painted with given" in capsys.readouterr().err
+
+
+def test_known_pixels_stay_and_the_rest_is_painted_anew(
+    chain: Chain, trained: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    coarse = np.ones((64, 64), bool)
+    coarse[10:50, 21:40] = False
+    mask = save_mask(tmp_path / "mask.png", coarse)
+    known = ["--known", str(painted(undisturbed).path), "--mask", mask]
+    out = tmp_path / "out"
+    command = arguments(chain, trained, out, *known, "--seed", "5", "--format", "zarr")
+    assert jobs.sample.main([*command, "--solver", "ancestral"]) == 0
+    kept = coarse.repeat(8, axis=0).repeat(8, axis=1)
+    before, after = pixels(undisturbed), pixels(out)
+    summary = str(describe_image(painted(out).path).lines)
+    assert "held to known" in summary and "mask.png" in summary
+    np.testing.assert_array_equal(before[:, kept], after[:, kept])
+    assert (before != after)[:, ~kept].mean() > 0.8
+
+
+def test_what_does_not_fit_the_painting_is_a_sentence(
+    chain: Chain,
+    trained: Path,
+    undisturbed: Path,
+    preview: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, low = str(painted(undisturbed).path), ["--low", str(preview)]
+    black = save_mask(tmp_path / "black.png", np.zeros((512, 512), bool))
+    odd = save_mask(tmp_path / "odd.png", np.ones((300, 512), bool))
+    (tmp_path / "text.png").write_text("not a picture")
+    grey = tmp_path / "grey.zarr"
+    OmeImage.create(grey, (1, 64, 64), "uint8", 2.0, "micrometer", ["grey"])
+    half = tmp_path / "half.zarr"
+    OmeImage.create(half, (3, 64, 64), "uint8", 2.0, "micrometer", ["red", "green", "blue"])
+    for more, sentence in (
+        ([*low, "--size", "512"], "covers 256x256 px, but --size asks for 512x512"),
+        ([*low, "--known", whole, "--mask", black], "leave one out"),
+        ([*low, "--scale", "0.25"], "1 times those that are painted"),
+        (["--low", whole], "give an image at 1, 2, 4"),
+        (["--low", str(grey)], "holds grey as uint8"),
+        (["--low", str(half)], "is not written to its end"),
+        (["--low", str(tmp_path)], "is not an OME-Zarr image"),
+        ([*low, "--tile", "6"], "take a multiple of 4, or auto"),
+        (["--known", whole], "--known needs --mask"),
+        (["--mask", black], "--mask needs --known"),
+        (["--known", whole, "--mask", black], "is black all over"),
+        (["--known", whole, "--mask", odd], "300x512 pixels, which do not cover the 512x512"),
+        (["--known", whole, "--mask", str(tmp_path / "none.png")], "does not exist"),
+        (["--known", whole, "--mask", str(tmp_path / "text.png")], "cannot be read as a picture"),
+        (["--known", str(preview), "--mask", black], "has pixels of 2 micrometer, but pixels of"),
+        (["--known", whole, "--mask", black, "--scale", "2"], "change --scale"),
+    ):
+        assert jobs.sample.main(arguments(chain, trained, tmp_path / "out", *more)) == 2, more
+        assert sentence in " ".join(capsys.readouterr().err.split()), more
+    assert not (tmp_path / "out").exists()
+
+
 def test_layouts_are_compared_with_every_region(chain: Chain) -> None:
     store = Store.open(chain.store)
     regions = store.regions()
@@ -154,7 +263,7 @@ def test_mistakes_are_sentences(
     for more, sentence in (
         (["--region", "999"], "has regions 0 to"),
         (["--size", "big"], "--size takes a side"),
-        (["--scale", "3"], "--scale takes 1, 0.5"),
+        (["--scale", "3"], "--scale takes 4, 2, 1, 0.5"),
         (["--tile", "33"], "not a multiple of the coarse cell"),
         (["--steps", "0"], "takes a positive number"),
         (["--eta", "0.5"], "belongs to the solver ddim"),

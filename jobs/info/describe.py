@@ -260,6 +260,8 @@ def describe_image(path: Path) -> Summary:
                 f"after region {region['index']} ({region['split']}) of the store of fingerprint "
                 f"{identity['store_fingerprint']}"
             )
+        if given := identity.get("given"):
+            after += "\nheld to " + ", ".join(f"{name} {value}" for name, value in given.items())
         lines.append(
             (
                 "painted",

@@ -1,5 +1,6 @@
 """python -m jobs.sample: paint large images with a trained run, each after the tokens of a region,
-or after a vector that the run's latent model draws (`jobs.subject`).
+or after a vector that the run's latent model draws (`jobs.subject`), and under what is given of it
+(`jobs.sample.given`).
 
 An image is painted tile by tile in fields on disk, written as OME-Zarr, then exported. A killed
 command goes on with the step it was in, and images that are done are kept.
@@ -44,7 +45,8 @@ def sample(options: Sample) -> int:
         f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}"
         + ("" if recipe.eta is None else f" with eta {recipe.eta:g}")
         + f", guidance {recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
-        + ("" if recipe.overlap is None else f", windows overlapping by {recipe.overlap:g}"),
+        + ("" if recipe.overlap is None else f", windows overlapping by {recipe.overlap:g}")
+        + ("" if plan.given is None else f", {plan.given.in_words()}"),
         options.out,
         _needed_bytes(options, plan, work_bytes),
     )
@@ -104,6 +106,7 @@ def _identity(run: Run, plan: Plan, subject: Subject) -> dict[str, Any]:
         "checkpoint": state.checkpoint if state else None,
         "recipe": replace(plan.recipe, seed=subject.seed).to_json(),
         "size_px": list(plan.size_px),
+        "given": plan.given.identity() if plan.given else None,
         **subject.identity(),
     }
 
@@ -141,7 +144,14 @@ def _paint(
     )
     cells = recipe.height * recipe.width
     with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
-        field = paint(denoiser, painter, recipe, work, lambda step, n: count(step * cells, n))
+        field = paint(
+            denoiser,
+            painter,
+            recipe,
+            work,
+            lambda step, n: count(step * cells, n),
+            plan.given.constraint if plan.given else None,
+        )
     painted = time.monotonic()
     attributes = {**subject.place(2.0**recipe.level), "gigabrush": identity}
     _write_image(plan, field, options.out / f"{name}.zarr", attributes)

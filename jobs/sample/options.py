@@ -32,7 +32,16 @@ class Sample:
     region: tuple[int, ...] = ()
     """Rows K of the store's region table; by default the first region that was not trained on."""
     size: str = "region"
-    """Side in pixels, or HxW; by default the region's. A larger image continues its condition."""
+    """Side in pixels, or HxW; by default the region's, or what --low or --known cover. A larger
+    image continues its condition."""
+    low: Path | None = None
+    """Super-resolution: an OME-Zarr image 2, 4, 8, ... times as coarse as what is painted, whose
+    pixels the area means of the painting are to be."""
+    known: Path | None = None
+    """Inpainting: an OME-Zarr image of the painting's resolution, kept where --mask is white."""
+    mask: Path | None = None
+    """With --known: a picture (PNG), white where the image is kept, black where it is painted
+    anew; as large as the image, or 2, 4, 8, ... times as coarse."""
     fill: Fill = "reflect"
     """What conditions the part of an image beyond its region: reflect mirrors the region's tokens,
     regions lays those of other regions beside it."""

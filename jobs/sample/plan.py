@@ -8,6 +8,7 @@ import torch
 from conditioning.encoders import choose_device
 from jobs.painting import Recipe
 from jobs.run import Run, RunConfig
+from jobs.sample.given import Given, find_given
 from jobs.sample.options import Sample
 from jobs.subject import RegionSubject, Subject, regions_for, subjects_without_condition
 from model.config import DenoiserConfig
@@ -28,6 +29,7 @@ class Plan:
     size_px: tuple[int, int]
     tile: int
     device: torch.device
+    given: Given | None
 
 
 def make_plan(options: Sample) -> Plan:
@@ -36,9 +38,11 @@ def make_plan(options: Sample) -> Plan:
     if options.scale not in SCALES:
         raise ValueError(f"--scale takes 4, 2, 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
     _check_label(options.label, config)
-    subjects = _share(options.share, _subjects(options, config))
-    size_px = subjects[0].size_px
     level, coarse = SCALES[options.scale], config.denoiser.cell_px
+    given = find_given(options, config, level)
+    subjects = _share(options.share, _subjects(options, config, given))
+    size_px = subjects[0].size_px
+    _check_size(size_px, given)
     device = choose_device(options.device)
     overlap = config.denoiser.check_painting(options.overlap, *size_px, level)
     make_solver(options.solver, options.eta)
@@ -56,11 +60,11 @@ def make_plan(options: Sample) -> Plan:
     )
     if options.steps < 1:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
-    tile = _tile(options.tile, device, config.denoiser, level)
-    return Plan(config, tuple(subjects), recipe, size_px, tile, device)
+    tile = _tile(options.tile, device, config.denoiser, level, given)
+    return Plan(config, tuple(subjects), recipe, size_px, tile, device, given)
 
 
-def _subjects(options: Sample, config: RunConfig) -> Sequence[Subject]:
+def _subjects(options: Sample, config: RunConfig, given: Given | None) -> Sequence[Subject]:
     """What is to be painted after; a `ValueError` for options that contradict each other."""
     if options.unconditional is not None:
         if options.condition is not None or options.region:
@@ -68,7 +72,7 @@ def _subjects(options: Sample, config: RunConfig) -> Sequence[Subject]:
                 "--unconditional paints after no region; leave --condition and --region out, or "
                 "--unconditional"
             )
-        size_px = _size(options.size, config.packs.side_px)
+        size_px = _size(options.size, config.packs.side_px, given)
         run, number = Run(options.run), options.unconditional
         return subjects_without_condition(
             run, config, number, options.seed, size_px, options.label
@@ -80,7 +84,7 @@ def _subjects(options: Sample, config: RunConfig) -> Sequence[Subject]:
         )
     store = Store.open(options.condition)
     regions = regions_for(store, config, options.region)
-    size_px = _size(options.size, regions[0].side)
+    size_px = _size(options.size, regions[0].side, given)
     return [
         RegionSubject(store, config, region, options.seed, size_px, options.fill, options.label)
         for region in regions
@@ -103,13 +107,22 @@ def _check_label(label: str | None, config: RunConfig) -> None:
         )
 
 
-def _size(text: str, side: int) -> tuple[int, int]:
+def _size(text: str, side: int, given: Given | None) -> tuple[int, int]:
     if text == "region":
-        return side, side
+        return given.size_px if given else (side, side)
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--size takes a side like 4096 or HxW like 4096x8192, not {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def _check_size(size_px: tuple[int, int], given: Given | None) -> None:
+    """A `ValueError` where an image is given that covers another size than what is asked for."""
+    if given is not None and size_px != given.size_px:
+        raise ValueError(
+            f"{given.image.path} covers {given.size_px[0]}x{given.size_px[1]} px, but --size asks "
+            f"for {size_px[0]}x{size_px[1]}; leave --size out"
+        )
 
 
 def _share(text: str, subjects: Sequence[Subject]) -> Sequence[Subject]:
@@ -127,10 +140,18 @@ def _share(text: str, subjects: Sequence[Subject]) -> Sequence[Subject]:
     return subjects[int(number) - 1 :: int(shares)]
 
 
-def _tile(text: str, device: torch.device, denoiser: DenoiserConfig, level: int) -> int:
+def _tile(
+    text: str, device: torch.device, denoiser: DenoiserConfig, level: int, given: Given | None
+) -> int:
+    cell = given.constraint.cell if given else 1
     if text == "auto":
         suits = denoiser.tile_px(device.type == "cuda")
-        return max(suits, at_level(denoiser.cell_px, level))
+        return max(suits, at_level(denoiser.cell_px, level), cell)
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--tile takes auto or a side in pixels, not {text!r}")
+    if int(text) % cell:
+        raise ValueError(
+            f"--tile {text} would cut through pixels of --low, which are squares of {cell} of the "
+            f"painting's; take a multiple of {cell}, or auto"
+        )
     return int(text)
