@@ -223,6 +223,10 @@ def sample_command(material: Material, painting: Painting) -> str:
     for name in ("steps", "seed", "guidance", "solver", "eta", "overlap"):
         if name in recipe:
             arguments += [f"--{name}", str(recipe[name])]
+    given = identity.get("given") or {}
+    for name in ("low", "known", "mask"):
+        if name in given:
+            arguments += [f"--{name}", given[name]]
     return _command(["jobs.sample", *arguments])
 
 
