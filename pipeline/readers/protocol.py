@@ -9,10 +9,11 @@ named.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, UInt
@@ -103,6 +104,27 @@ def check_box(path: Path, shape: tuple[int, int], y: int, x: int, height: int, w
             f"box (y={y}, x={x}, {height} × {width}) leaves {path}, which is {shape[0]} × "
             f"{shape[1]}"
         )
+
+
+R = TypeVar("R", bound="Closing")
+
+
+class Closing(ABC):
+    """What is closed where its `with` ends, whatever happened."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self: R) -> R:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def read_patiently(

@@ -16,7 +16,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -31,6 +30,7 @@ from pipeline.readers.indirect import check_indirect, is_vrt
 from pipeline.readers.protocol import (
     BANDS,
     NIR_NAMES,
+    Closing,
     MaskKind,
     SpacingUnit,
     UnreadableError,
@@ -62,7 +62,7 @@ def _offline() -> Iterator[None]:
         yield
 
 
-class RasterReader:
+class RasterReader(Closing):
     """A `Reader` of what rasterio opens. `source_mpp` or `source_gsd` replaces its spacing; with
     `plain` it is measured by pixels, and black is a colour like others.
     """
@@ -178,17 +178,6 @@ class RasterReader:
     def close(self) -> None:
         """Give the handle back."""
         self._data.close()
-
-    def __enter__(self) -> RasterReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open(self) -> rasterio.DatasetReader:
         with _offline():

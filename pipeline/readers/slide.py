@@ -14,7 +14,6 @@ file.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from jaxtyping import Bool, UInt, UInt8
 
 from pipeline.readers.levels import is_picked
 from pipeline.readers.protocol import (
+    Closing,
     MaskKind,
     SpacingUnit,
     TileError,
@@ -41,7 +41,7 @@ STATED_MPP = ("aperio.MPP",)  # what OpenSlide drops where it is no number
 MAX_ALIGNMENT_PX = 64  # levels that are coarser and not whole at the corner are left out
 
 
-class SlideReader:
+class SlideReader(Closing):
     """A `Reader` of what OpenSlide opens. `source_mpp` replaces what the file says."""
 
     dtype: Literal["uint8", "uint16"] = "uint8"
@@ -111,17 +111,6 @@ class SlideReader:
     def close(self) -> None:
         """Give the handle back."""
         self._slide.close()
-
-    def __enter__(self) -> SlideReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read_rgba(self, box: tuple[int, int, int, int], level: int) -> UInt8[np.ndarray, "4 h w"]:
         downsample = self.downsamples[level]

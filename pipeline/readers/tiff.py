@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipeline.readers.levels import is_picked
 from pipeline.readers.ome_xml import OmeDescription, describe_ome
 from pipeline.readers.protocol import (
     BANDS,
+    Closing,
     MaskKind,
     SpacingUnit,
     TileError,
@@ -40,7 +40,7 @@ UNSIGNED, MIN_IS_BLACK, RGB, YCBCR = 1, 1, 2, 6
 MAX_LEVELS = 16
 
 
-class TiffReader:
+class TiffReader(Closing):
     """A `Reader` of what tifffile opens. `source_mpp` replaces what the file says; with `plain`
     it is measured by pixels.
     """
@@ -131,17 +131,6 @@ class TiffReader:
     def close(self) -> None:
         """Give the handle back."""
         self._tiff.close()
-
-    def __enter__(self) -> TiffReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _reopen(self) -> None:
         """A new handle; where pages lie was read once and stays."""
