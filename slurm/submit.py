@@ -137,15 +137,15 @@ def make_job(options: Submit, arguments: Sequence[str]) -> Job:
 
 
 def options_of(module: str) -> type[Any]:
-    """The options of a stage: the dataclass beside its main that has dry_run, as all commands
-    do.
+    """The options of a stage: the dataclass of its own that its main's module knows and that has
+    dry_run, as all commands do.
     """
     home = importlib.import_module(module).main.__module__
     (found,) = (
         value
         for value in vars(sys.modules[home]).values()
         if isinstance(value, type)
-        and value.__module__ == home
+        and (value.__module__ + ".").startswith(module + ".")
         and is_dataclass(value)
         and any(field.name == "dry_run" for field in fields(value))
     )

@@ -12,6 +12,7 @@ from chain import Chain, ingest_arguments, pack_arguments, train_arguments
 import jobs.sample
 import jobs.train
 from jobs.run import Run
+from jobs.sample.options import Sample
 from pipeline import console
 from pipeline.packfile import PackSet
 from pipeline.store import Store
@@ -91,7 +92,7 @@ def test_a_command_line_is_parsed_into_what_it_was_made_from(tmp_path: Path) -> 
     made = [
         jobs.train.Train(Path("my packs"), Path("run"), preset="tiny", augment=False),
         jobs.train.Train(Path("p"), Path("r"), max_minutes=1.5, init_from="w.safetensors"),
-        jobs.sample.Sample(Path("r"), Path("s"), Path("o"), region=(1, 2), dry_run=True),
+        Sample(Path("r"), Path("s"), Path("o"), region=(1, 2), dry_run=True),
     ]
     for options in made:
         seen: list[object] = []

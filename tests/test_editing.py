@@ -9,7 +9,7 @@ import fields
 import numpy as np
 import pytest
 import torch
-from sparse import normal
+from sparse_points import normal
 from torch import Tensor
 
 from jobs.painting import Recipe, paint

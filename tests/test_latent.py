@@ -219,9 +219,9 @@ def test_presets_have_the_size_they_claim(name: str, millions: tuple[float, floa
     """Of the denoiser and of its encoder; with the published 1024 numbers, 64.6M of the latent
     model.
     """
-    octaves = Octaves((0.1,) * 13, (), NoiseSpectrum(12, 5, 0.0))
     config = preset(name, channels=3, token_dim=1024)
     assert isinstance(config, SparseConfig)
+    octaves = config.octaves((0.1,) * 13, (), 0.0)
     with torch.device("meta"):
         denoiser = SparseOperatorDenoiser(config, octaves)
         latents = LatentDenoiser(LatentConfig(dim=1024))
