@@ -3,7 +3,6 @@ wrong.
 """
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from rasterio import Affine
 
 from pipeline.readers import Reader, TileError, UnreadableError, open_reader
-from pipeline.readers.protocol import check_box, read_patiently
+from pipeline.readers.protocol import Closing, check_box, read_patiently
 from pipeline.readers.raster import RasterReader
 from pipeline.readers.slide import SlideReader
 from pipeline.resample import Resampled
@@ -23,7 +22,7 @@ from pipeline.resample import Resampled
 RNG = np.random.default_rng(5)
 
 
-class CoordinateReader:
+class CoordinateReader(Closing):
     """A reader whose pixels are their coordinates, and which checks that it is called within
     bounds while open.
     """
@@ -65,17 +64,6 @@ class CoordinateReader:
 
     def close(self) -> None:
         self.is_open = False
-
-    def __enter__(self) -> "CoordinateReader":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def area_mean_matrix(size: int, count: int, factor: float) -> np.ndarray:
