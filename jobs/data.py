@@ -1,12 +1,13 @@
 """Training batches from pixel packs, as a function of (seed, step) alone.
 
-Sample n of a run is pack pi(n) under a permutation keyed by the epoch; its noise, its noise level,
-whether its condition is dropped and how it is turned are keyed by n. Ranks take slices of the
-global batch. So one rank with a batch of four and two ranks with two see the same thing, and so
-does a run that was resumed.
+Sample n is draw pi(n) under a permutation keyed by the epoch; its noise, its noise level, whether
+its condition is dropped and how it is turned are keyed by n. Each block of a cascade has samples
+of its own: single windows of draws, or whole top lattices. Ranks take slices of the global batch.
+So one rank with a batch of four and two ranks with two see the same thing, and so does a run that
+was resumed.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -18,14 +19,17 @@ from torch import Tensor
 
 from conditioning.tokens import TokenScale, dihedral, to_condition, with_labels, within
 from model.attention import Condition
-from model.design import WindowDesign
-from model.draw import Draw, PointDraw, WindowDraw
+from model.design import PatchDesign
+from model.draw import BlockDraw, Draw, PatchDraw, PointDraw, TopDraw
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import (
     ABSENT,
+    PART_SCALE,
     Drawn,
+    DrawnPatch,
     DrawnPoints,
-    DrawnWindows,
+    DrawnTop,
+    DrawnWindow,
     PackSet,
     RegionEntry,
 )
@@ -65,28 +69,46 @@ class Sample:
 
 def turn(sample: Sample, element: int, side_px: int) -> Sample:
     """A symmetry of the square: bit 2 transposes, then bits 0 and 1 mirror y and x."""
-    drawn = sample.drawn
-    lattice = drawn.lattice.swapaxes(0, 1) if element & 4 else drawn.lattice
+    tokens = dihedral(sample.tokens, element, side_px)
+    return Sample(_turned(sample.drawn, element, side_px), tokens, sample.label)
+
+
+def _turned(drawn: Drawn, element: int, side_px: int) -> Drawn:
+    if isinstance(drawn, DrawnTop):
+        return DrawnTop(_turned_array(drawn.lattice, element))
+    if isinstance(drawn, DrawnWindow):
+        parts = (drawn.fine, drawn.parents, drawn.weight)
+        fine, parents, weight = (_turned_array(part, element) for part in parts)
+        extent = side_px >> drawn.block.parents
+        origin = _turned_origin(drawn.origin, element, extent, weight.shape)
+        return DrawnWindow(drawn.block, fine, parents, weight, origin)
+    if isinstance(drawn, DrawnPatch):
+        values = _turned_array(drawn.values, element)
+        return DrawnPatch(values, _turned_origin(drawn.origin, element, side_px, values.shape))
+    cells = drawn.cells[:, [0, 2, 1]] if element & 4 else drawn.cells.copy()
     for axis in (0, 1):
-        lattice = np.flip(lattice, axis) if element & (1 << axis) else lattice
-    if isinstance(drawn, DrawnPoints):
-        cells = drawn.cells[:, [0, 2, 1]] if element & 4 else drawn.cells.copy()
-        for axis in (0, 1):
-            if element & (1 << axis):
-                cells[:, 1 + axis] = (side_px >> cells[:, 0]) - 1 - cells[:, 1 + axis]
-        turned: Drawn = DrawnPoints(lattice, drawn.values, cells)
-    else:
-        windows, origins = drawn.windows, drawn.origins.copy()
-        levels, window = windows.shape[1:3]
-        if element & 4:
-            windows, origins = windows.swapaxes(2, 3), origins[..., ::-1].copy()
-        for axis in (0, 1):
-            if element & (1 << axis):
-                windows = np.flip(windows, 2 + axis)
-                extent = side_px >> np.arange(levels)
-                origins[..., axis] = extent - origins[..., axis] - window
-        turned = DrawnWindows(lattice, windows, origins)
-    return Sample(turned, dihedral(sample.tokens, element, side_px), sample.label)
+        if element & (1 << axis):
+            cells[:, 1 + axis] = (side_px >> cells[:, 0]) - 1 - cells[:, 1 + axis]
+    return DrawnPoints(_turned_array(drawn.lattice, element), drawn.values, cells)
+
+
+def _turned_array(values: np.ndarray, element: int) -> np.ndarray:
+    """A rectangle of cells, (y, x, ...)."""
+    values = values.swapaxes(0, 1) if element & 4 else values
+    for axis in (0, 1):
+        values = np.flip(values, axis) if element & (1 << axis) else values
+    return values
+
+
+def _turned_origin(
+    origin: Int64[np.ndarray, "2"], element: int, extent: int, shape: tuple[int, ...]
+) -> Int64[np.ndarray, "2"]:
+    """The first cell of a rectangle in a square of `extent` cells; shape: of it once turned."""
+    turned = origin[::-1].copy() if element & 4 else origin.copy()
+    for axis in (0, 1):
+        if element & (1 << axis):
+            turned[axis] = extent - turned[axis] - shape[axis]
+    return turned
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,8 @@ class Batches:
     batch: size of the global batch. condition_dropout: how often a condition is dropped, for
     classifier-free guidance; a label is dropped as often on its own, and in half of the samples
     whose tokens are, so that guidance knows images without either. augment: whether samples are
-    turned and mirrored.
+    turned and mirrored. part: of a cascade, 0 for its top block, k for its k-th block of octaves;
+    None where draws are whole.
     """
 
     packs: PackSet
@@ -105,6 +128,7 @@ class Batches:
     condition_dropout: float = 0.1
     augment: bool = True
     split: str = "train"
+    part: int | None = None
 
     def __post_init__(self) -> None:
         if not self._entries:
@@ -132,7 +156,7 @@ class Batches:
         samples, seeds, uniform, keep, keep_label = [], [], [], [], []
         for number in numbers:
             random = np.random.Generator(
-                np.random.Philox(np.random.SeedSequence((self.seed, 1, number)))
+                np.random.Philox(np.random.SeedSequence((self.seed, 1, number, self.part or 0)))
             )
             seeds.append(int(random.integers(2**62)))
             # Stratified over the global batch: position j draws from the j-th part of the range.
@@ -157,33 +181,81 @@ class Batches:
         )
 
     def _sample(self, number: int) -> Sample:
-        pairs = len(self._entries) * self.packs.settings.packs_per_region
-        order = _permutation(self.seed, number // pairs, pairs)
-        region, pack = divmod(int(order[number % pairs]), self.packs.settings.packs_per_region)
+        packs, draws = self.packs, self.packs.settings.packs_per_region
+        each = {None: draws, 0: 1}.get(self.part, draws * self._windows)
+        total = len(self._entries) * each
+        order = _permutation((self.seed, 0, number // total, self.part or 0), total)
+        region, place = divmod(int(order[number % total]), each)
         entry = self._entries[region]
-        return Sample(self.packs.draw(entry, pack), self.packs.tokens(entry), entry.label)
+        if self.part is None:
+            drawn: Drawn = packs.draw(entry, place)
+        elif self.part == 0:
+            drawn = DrawnTop(packs.lattice(entry))
+        else:
+            pack, window = divmod(place, self._windows)
+            drawn = packs.window(entry, pack, self.part - 1, window)
+        return Sample(drawn, packs.tokens(entry), entry.label)
+
+    @cached_property
+    def _windows(self) -> int:
+        """Windows of the part's block in one draw."""
+        return self.packs.windows(self.part - 1).number if self.part else 0
 
     def _in_view(self, sample: Sample) -> Sample:
         """The sample with the tokens that condition its draw."""
-        if not isinstance(sample.drawn, DrawnWindows):
+        if not isinstance(sample.drawn, DrawnPatch):
             return sample
-        assert isinstance(self.packs.design, WindowDesign)
-        view = self.packs.design.view(sample.drawn.origins)
-        return sample if view is None else replace(sample, tokens=within(sample.tokens, view))
+        assert isinstance(self.packs.design, PatchDesign)
+        view = self.packs.design.view(sample.drawn.origin)
+        return replace(sample, tokens=within(sample.tokens, view))
 
-    def draw(self, drawn: list[Drawn]) -> Draw:
-        """Draws of the packs, standardised and collated."""
-        lattice, lattice_present = self._standardise([d.lattice for d in drawn])
+    def draw(self, drawn: Sequence[Drawn]) -> Draw:
+        """Draws of one kind, standardised and collated."""
+        tops = [d for d in drawn if isinstance(d, DrawnTop)]
+        if tops:
+            values, present = self._standardise([d.lattice for d in tops])
+            return TopDraw(_channels_first(values), _channels_first(present).float())
+        windows = [d for d in drawn if isinstance(d, DrawnWindow)]
+        if windows:
+            return self._block_draw(windows)
+        patches = [d for d in drawn if isinstance(d, DrawnPatch)]
+        if patches:
+            values, present = self._standardise([d.values for d in patches])
+            return PatchDraw(_channels_first(values), _channels_first(present))
         points = [d for d in drawn if isinstance(d, DrawnPoints)]
-        if points:
-            values, present = self._standardise([d.values for d in points])
-            cells = torch.from_numpy(np.stack([d.cells for d in points]))
-            size_px = (self.packs.settings.side_px,) * 2
-            return PointDraw(lattice, lattice_present, values, present, cells, size_px)
-        windows = [d for d in drawn if isinstance(d, DrawnWindows)]
-        values, present = self._standardise([d.windows for d in windows])
-        origins = torch.from_numpy(np.stack([d.origins for d in windows]))
-        return WindowDraw(lattice, lattice_present, values, present, origins)
+        lattice, lattice_present = self._standardise([d.lattice for d in points])
+        values, present = self._standardise([d.values for d in points])
+        cells = torch.from_numpy(np.stack([d.cells for d in points]))
+        size_px = (self.packs.settings.side_px,) * 2
+        return PointDraw(lattice, lattice_present, values, present, cells, size_px)
+
+    def _block_draw(self, windows: Sequence[DrawnWindow]) -> BlockDraw:
+        values, _ = self._standardise([d.fine for d in windows])
+        parents, _ = self._standardise([d.parents for d in windows])
+        weight = np.stack([d.weight for d in windows]).astype(np.float32) / PART_SCALE
+        level, (h, w) = windows[0].block.parents, weight.shape[1:]
+        margin = (parents.shape[1] - h) // 2
+        extent = self.packs.settings.side_px >> level
+        origins = np.stack([d.origin for d in windows])
+        rows, columns = (
+            origins[:, axis, None] + np.arange(-margin, side + margin)
+            for axis, side in enumerate((h, w))
+        )
+        there_y, there_x = (rows >= 0) & (rows < extent), (columns >= 0) & (columns < extent)
+        present = (there_y[:, :, None] & there_x[:, None, :]).astype(np.float32)
+        inner = slice(margin, -margin)
+        y_px, x_px = (
+            torch.from_numpy(((cells[:, inner] + 0.5) * 2.0**level).astype(np.float32))
+            for cells in (rows, columns)
+        )
+        return BlockDraw(
+            _channels_first(values),
+            _channels_first(parents),
+            torch.from_numpy(present)[:, None],
+            torch.from_numpy(weight)[:, None],
+            y_px,
+            x_px,
+        )
 
     def _standardise(self, parts: list[UInt16[np.ndarray, "*shape"]]) -> tuple[Tensor, Tensor]:
         fixed = np.stack(parts)
@@ -193,7 +265,11 @@ class Batches:
         return torch.from_numpy(values), torch.from_numpy(present)
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> Int64[np.ndarray, " n"]:
-    key = np.random.SeedSequence((seed, 0, epoch))
+def _channels_first(values: Tensor) -> Tensor:
+    return values.permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _permutation(entropy: tuple[int, ...], size: int) -> Int64[np.ndarray, " n"]:
+    key = np.random.SeedSequence(entropy)
     return np.random.Generator(np.random.Philox(key)).permutation(size)

@@ -21,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
+from jobs.optimizer import OptimizerName, make_optimizer
 from model.family import Objective
 
 T = TypeVar("T")
@@ -96,16 +97,21 @@ def from_first_rank(value: T, ranks: Ranks) -> T:
     return shared[0]
 
 
-def build(objective: Objective, *, learning_rate: float, batch: int, world: int, zero: int) -> Any:
-    """The DeepSpeed engine: Adam with the betas of ∞-Diff's code, weights in float32, gradients
-    clipped to 1.
+def build(
+    objective: Objective,
+    *,
+    optimizer: OptimizerName,
+    learning_rate: float,
+    batch: int,
+    world: int,
+    zero: int,
+) -> Any:
+    """The DeepSpeed engine of one part of a denoiser: weights in float32, gradients clipped to
+    1.
     """
-    optimizer = torch.optim.AdamW(
-        objective.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
     engine, _, _, _ = deepspeed.initialize(
         model=objective,
-        optimizer=optimizer,
+        optimizer=make_optimizer(objective, optimizer, learning_rate),
         dist_init_required=False,
         config={
             "train_batch_size": batch,
@@ -117,6 +123,15 @@ def build(objective: Objective, *, learning_rate: float, batch: int, world: int,
         },
     )
     return engine
+
+
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32: GPUs, and CPUs with instructions
+    for it.
+    """
+    if device.type == "cuda":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _meeting_place() -> tuple[str, int]:

@@ -1,69 +1,142 @@
-"""A small picture of what a run would paint now, beside the region that conditions it.
+"""A small picture of what a run generates now, beside the real.
 
-The left half is the real region as its packs know it (its lattice, cells of 32 px), the right half
-is painted by the averaged weights: ours paints the coarse level of the full image (cells of 8 px),
-patch diffusion, which knows one resolution only, its corner. A diffusion autoencoder paints the
+Of a cascade: windows of every block, top to bottom from the coarsest, in pairs of the real window
+and the one that the block generates under its true parents. Of the others a region that is not
+trained on, if there is any: on the left as its packs know it (its lattice, cells of 32 px), on the
+right generated after its tokens; patch diffusion generates its corner, a diffusion autoencoder the
 region after the vector that it makes of a draw.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from torch import Tensor
 
 from conditioning.tokens import fit, to_condition, with_labels
-from jobs.data import Batches
+from jobs.data import Batch, Batches
 from jobs.painting import Recipe, paint
 from jobs.run import Run, RunConfig
-from model.draw import PointDraw
-from model.family import make_painter
+from model.cascade.denoiser import CascadeBlock, CascadeDenoiser, OctaveBlock, Parents
+from model.cascade.objective import NOISE_STREAM, keyed_normals
+from model.draw import BlockDraw, PointDraw, TopDraw
+from model.family import Denoiser, make_passes, mollifier_of
+from model.haar import zero_mean
+from model.solver import DPMSolverPP2M, uniform_steps
 from model.sparse.denoiser import SparseOperatorDenoiser
 from pipeline.packfile import PackSet
 
 STEPS = 12
 SIDE_PX = 512
+PAIRS, WINDOW_PX, GAP_PX = 4, 160, 4
 
 
 def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> None:
-    """Write run/samples/step-N.png, conditioned on the first region that is not trained on, if
-    any.
-    """
+    """Write run/samples/step-N.png."""
     config = run.config()
+    denoiser = run.load_denoiser(device=device)
+    if isinstance(denoiser, CascadeDenoiser):
+        picture = _blocks(denoiser, config, packs, device)
+    else:
+        picture = _region(denoiser, config, packs, device)
+    folder = run.path / "samples"
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(folder / f"step-{step:08d}.png")
+
+
+def _blocks(
+    denoiser: CascadeDenoiser, config: RunConfig, packs: PackSet, device: torch.device
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Pairs of real and generated windows, a row a block."""
+    splits = {entry.split for entry in packs.regions}
+    split = next(name for name in ("val", "test", "train") if name in splits)
+    rows = []
+    for part, block in enumerate(denoiser.blocks.values()):
+        assert isinstance(block, CascadeBlock)
+        batches = Batches(packs, PAIRS, 0, 0.0, augment=False, split=split, part=part)
+        batch = batches.at(0).to(device)
+        pairs = zip(batch.draw.values, generated_windows(block, batch), strict=True)
+        tiles = [_tile(values, config) for pair in pairs for values in pair]
+        rows.append(np.concatenate(tiles, axis=1))
+    return np.concatenate(rows)[:-GAP_PX, :-GAP_PX]
+
+
+@torch.no_grad()
+def generated_windows(block: CascadeBlock, batch: Batch) -> Float[Tensor, "b c h w"]:
+    """What a block generates in the windows of a batch under their true parents."""
+    draw, body, tokens = batch.draw, block.body, block.encode(batch.condition)
+    assert isinstance(draw, TopDraw | BlockDraw)
+    noise = keyed_normals(batch.seeds, NOISE_STREAM, draw.values.shape[1:]).to(draw.values)
+    base: Tensor | float = 0.0
+    if isinstance(body, OctaveBlock):
+        assert isinstance(draw, BlockDraw)
+        parents = Parents(draw.parents, draw.parents_present, draw.y_px, draw.x_px)
+        base, noise = body.base(parents), zero_mean(noise, body.block.octaves)
+    level = body.block.fine if isinstance(body, OctaveBlock) else body.level
+
+    def estimate(observed: Tensor, log_snr: float) -> Tensor:
+        levels = observed.new_full((len(observed),), log_snr)
+        if isinstance(body, OctaveBlock):
+            return body(observed, parents, tokens, levels)
+        assert isinstance(draw, TopDraw) and tokens is not None
+        return body(observed, draw.present, tokens, levels)
+
+    solver, (first, last) = DPMSolverPP2M(), block.log_snr_range()
+    u = noise * 2.0**-level * (1 + math.exp(first)) ** -0.5
+    before = None
+    for step in uniform_steps(first, last, STEPS - 1):
+        x0 = estimate(u * (1 + math.exp(-step.now)) ** 0.5, step.now)
+        u, before = solver(u, x0, before, step), x0
+    return base + estimate(u * (1 + math.exp(-last)) ** 0.5, last)
+
+
+def _tile(values: Float[Tensor, "c h w"], config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
+    """Standardised values as a square with a gap to the right and below."""
+    pixels = config.statistics.to_pixels(values.permute(1, 2, 0).float().cpu().numpy())
+    shown = np.full((WINDOW_PX + GAP_PX,) * 2 + (3,), 255, np.uint8)
+    shown[:WINDOW_PX, :WINDOW_PX] = _square(to_uint8(pixels, config), WINDOW_PX)
+    return shown
+
+
+def _region(
+    denoiser: Denoiser, config: RunConfig, packs: PackSet, device: torch.device
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A real region and a generated one, side by side."""
     entry = min(packs.regions, key=lambda e: (e.split == "train", e.key))
-    level = config.denoiser.preview_level
-    side = min(config.packs.side_px >> level, SIDE_PX)
-    side_px = side << level
-    tokens = fit(packs.tokens(entry), side_px, side_px)
+    side = min(config.packs.side_px, SIDE_PX)
+    tokens = fit(packs.tokens(entry), side, side)
     condition = to_condition([tokens], config.token_scale(), [True])
     condition = with_labels(condition, config.packs.classes, [entry.label], [True]).to(device)
-    denoiser = run.load_denoiser(device=device)
     if isinstance(denoiser, SparseOperatorDenoiser) and denoiser.encoder is not None:
         draw = Batches(packs, batch=1, seed=0, split=entry.split).draw([packs.draw(entry, 0)])
         assert isinstance(draw, PointDraw)
         kept = torch.ones(1, dtype=torch.bool, device=device)
         condition = replace(condition, vector=denoiser.encode(draw.to(device)), keep_vector=kept)
-    recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m", level=level)
-    painter = make_painter(
+    passes = make_passes(
         denoiser,
         condition,
         guidance=1.0,
         tile=side,
-        level=level,
+        level=0,
+        steps=STEPS,
         sampling=config.packs.sampling(),
     )
-    painted = config.statistics.to_pixels(
-        paint(denoiser, painter, recipe).array.transpose(1, 2, 0)
+    recipe = Recipe(side, side, STEPS, seed=0, guidance=1.0, solver="dpm++2m")
+    field = paint(
+        passes,
+        recipe,
+        channels=denoiser.config.channels,
+        mollifier_sigma_px=mollifier_of(denoiser),
     )
-    scale = config.packs.value_scale
-    cells = side_px >> config.packs.coarse_level
+    generated = config.statistics.to_pixels(field.array.transpose(1, 2, 0))
+    cells = side >> config.packs.coarse_level
     lattice = packs.lattice(entry)[:cells, :cells]
-    real = to_uint8(lattice.astype(np.float32) / scale, config)
-    folder = run.path / "samples"
-    folder.mkdir(exist_ok=True)
-    halves = [_square(real), _square(to_uint8(painted, config))]
-    Image.fromarray(np.concatenate(halves, axis=1)).save(folder / f"step-{step:08d}.png")
+    real = to_uint8(lattice.astype(np.float32) / config.packs.value_scale, config)
+    halves = [_square(real, SIDE_PX), _square(to_uint8(generated, config), SIDE_PX)]
+    return np.concatenate(halves, axis=1)
 
 
 def to_uint8(pixels: Float[np.ndarray, "h w c"], config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
@@ -76,5 +149,5 @@ def to_uint8(pixels: Float[np.ndarray, "h w c"], config: RunConfig) -> UInt8[np.
     return np.clip(np.rint(bands), 0, 255).astype(np.uint8)
 
 
-def _square(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
-    return np.asarray(Image.fromarray(pixels).resize((SIDE_PX, SIDE_PX), Image.Resampling.NEAREST))
+def _square(pixels: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "s s 3"]:
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST))

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ STALE_AFTER_S = 4 * HEARTBEAT_S
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: `checkpoint` is what to resume from, `seconds` the training so far."""
+    """Where a run stands: `checkpoint` is what to resume from, `seconds` the training so far,
+    `parts` the steps and seconds of every part of the denoiser that is trained on its own.
+    """
 
     status: str
     step: int
@@ -29,6 +31,7 @@ class RunState:
     checkpoint: str | None
     restarts: int
     job_id: str | None
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def host_and_process(self) -> tuple[str, str]:

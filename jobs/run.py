@@ -79,10 +79,8 @@ class RunConfig:
         return cls(
             preset=values["preset"],
             denoiser=config_from_dict(values["denoiser"]),
-            octaves=Octaves(
-                octaves["signal"], octaves["residual"], NoiseSpectrum(**octaves["noise"])
-            ),
-            packs=PackSettings(**values["packs"]),
+            octaves=Octaves(octaves["signal"], octaves["residual"], _spectrum(octaves["noise"])),
+            packs=PackSettings.from_json(values["packs"], "the packs of this run"),
             statistics=PackStatistics(**values["statistics"]),
             training=values["training"],
         )
@@ -128,6 +126,7 @@ class Run:
             heartbeat=time.time(),
             seconds=before.seconds if before else 0.0,
             checkpoint=before.checkpoint if before else None,
+            parts=before.parts if before else {},
             restarts=before.restarts + 1 if before else 0,
             job_id=os.environ.get("SLURM_JOB_ID"),
         )
@@ -230,13 +229,12 @@ class Run:
         with (self.path / METRICS_NAME).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
-    def log_scalars(self, step: int, losses: Tensor) -> None:
-        """The losses as TensorBoard events."""
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of a step as TensorBoard events, by their tags."""
         if self._events is None:
             self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        self._events.add_scalar("loss/sum", float(losses.sum()), step)
-        for level, value in enumerate(losses):
-            self._events.add_scalar(f"loss/level{level}", float(value), step)
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will repeat."""
@@ -254,6 +252,11 @@ class Run:
         file = self.path / "checkpoints" / state.checkpoint / f"{weights}.safetensors"
         denoiser.load_state_dict(load_file(file))
         return denoiser.to(device).eval().requires_grad_(False)
+
+
+def _spectrum(content: Mapping[str, Any]) -> NoiseSpectrum:
+    """From JSON; older runs also name a floor, which only joint pyramids had."""
+    return NoiseSpectrum(content["top_level"], content["mollifier_sigma_px"])
 
 
 def _is_foreign(file: Path) -> bool:

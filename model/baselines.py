@@ -32,11 +32,10 @@ from torch import Tensor, nn
 from model.attention import Condition
 from model.coarse import make_unet, unet_time
 from model.config import PUBLISHED_OVERLAP, PatchConfig
-from model.draw import WindowDraw
+from model.draw import PatchDraw
 from model.generate import Field
 from model.lattice import Box
 from model.noise import NoiseTree
-from model.objective import mean_square
 from model.process import Octaves, precondition
 from model.schedule import Cosine, draw_log_snr
 
@@ -104,7 +103,7 @@ class PatchObjective(nn.Module):
 
     def forward(
         self,
-        draw: WindowDraw,
+        draw: PatchDraw,
         condition: Condition,
         seeds: Int64[Tensor, " b"],
         uniform: Float[Tensor, " b"],
@@ -113,16 +112,15 @@ class PatchObjective(nn.Module):
         range.
         """
         log_snr = draw_log_snr(Cosine(), uniform, self.low, self.high)
-        truth = draw.windows[:, 0, 0].permute(0, 3, 1, 2)
-        present = draw.windows_present[:, 0, 0].permute(0, 3, 1, 2).to(truth)
+        truth, present = draw.values, draw.present.to(draw.values)
         noise = self.tree.boxes(seeds, Box(0, 0, 0, *truth.shape[2:])).to(truth)
         sigma = torch.exp(-log_snr / 2)[:, None, None, None]
         observed = (truth + sigma * noise) * present
         tokens = self.denoiser.encode(condition.values[:, 0], condition.keep)
         correction, known, scale = self.denoiser.correct(observed, log_snr, tokens)
-        error = (correction - (truth - known) / scale).permute(0, 2, 3, 1)
-        weight = present.permute(0, 2, 3, 1)
-        return mean_square(error, weight, float(weight.numel()))[None]
+        error = (correction - (truth - known) / scale) * present
+        # Over all pixels, absent ones too: the loss of a batch is the mean of those of its parts.
+        return error.square().mean()[None]
 
 
 def slerp(
@@ -181,7 +179,8 @@ def window_starts(extent: int, window: int, stride: int) -> list[int]:
 class PatchPainter:
     """Patch diffusion over fields of pixels: windows that overlap, averaged at every step.
 
-    guidance: as in `generate.Painter`. tile: the field is painted in strips of this width, whose
+    guidance: classifier-free guidance, x0 = null + guidance (conditional - null); 1
+    evaluates the condition alone. tile: the field is painted in strips of this width, whose
     windows go down row by row, so that memory is O(tile x patch); windows across the border of two
     strips are evaluated in both. overlap: of neighbouring windows, in [0, 1). batch: windows that
     are evaluated at once.

@@ -1,19 +1,14 @@
-"""The coarse lattice: diffusers' U-Net on the exact area means, steered by tokens.
-
-Tokens enter twice: attended to at the coarse resolutions (softmax cross-attention over all tokens
-with their places), and looked up at every cell of the input. The first can relate distant places,
-the second says at once what is where.
+"""diffusers' U-Net, of the sizes of a configuration: on the coarse lattice of sparse operators, and
+on patches.
 """
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.config import DenoiserConfig, PyramidConfig
+from model.config import DenoiserConfig
 
 TIME_ORIGIN, TIME_SCALE = 16.0, 30.0
 
@@ -51,47 +46,3 @@ def make_unet(
 def unet_time(log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """A log-SNR on the scale of the 1000 time steps that the U-Net's embedding was made for."""
     return (log_snr.clamp(-TIME_ORIGIN, TIME_ORIGIN) + TIME_ORIGIN) * TIME_SCALE
-
-
-class CoarseNet(nn.Module):
-    """U-Net on a lattice of h x w cells; any h and w, padded inside with absent cells."""
-
-    def __init__(self, config: PyramidConfig) -> None:
-        super().__init__()
-        self.patch = config.lattice_patch
-        self.channels = config.channels
-        self.multiple = self.patch << (len(config.unet_widths) - 1)
-        cells = self.patch**2
-        self.unet = make_unet(
-            config,
-            cells * (2 * config.channels + 1) + config.token_width,
-            cells * (config.channels + config.lattice_width),
-        )
-
-    def forward(
-        self,
-        values: Float[Tensor, "b i h w"],
-        present: Float[Tensor, "b 1 h w"],
-        log_snr: Float[Tensor, " b"],
-        tokens: Float[Tensor, "b n t"],
-        looked_up: Float[Tensor, "b t hp wp"],
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b f h w"]]:
-        """F and features at every cell.
-
-        `values` are preconditioned observations and their linear estimate; `looked_up` are tokens
-        at the patches of the padded lattice.
-        """
-        h, w = values.shape[-2:]
-        x = F.pad(
-            torch.cat([values, present], dim=1), (0, -w % self.multiple, 0, -h % self.multiple)
-        )
-        x = torch.cat([F.pixel_unshuffle(x, self.patch), looked_up], dim=1)
-        time = unet_time(log_snr)
-        out = F.pixel_shuffle(self.unet(x, time, encoder_hidden_states=tokens).sample, self.patch)
-        out = out[:, :, :h, :w]
-        return out[:, : self.channels], out[:, self.channels :]
-
-    def patch_centres(self, cells: int, cell_px: int, device: torch.device) -> Float[Tensor, " p"]:
-        """Centres in pixels of the patches along one side of a lattice of `cells` cells."""
-        patches = -(-cells // self.multiple) * self.multiple // self.patch
-        return (torch.arange(patches, device=device) + 0.5) * self.patch * cell_px

@@ -1,6 +1,6 @@
 """Every choice of a denoiser as one field of one frozen dataclass, and the presets.
 
-An ablation is one field. Three kinds: ours (`PyramidConfig`), the papers' (`SparseConfig`) and the
+An ablation is one field. Three kinds: ours (`CascadeConfig`), the papers' (`SparseConfig`) and the
 opponent, patch diffusion (`PatchConfig`). A configuration also says which draws its denoiser
 learns from, in which octaves it sees the process and what it can paint. What a run resolved to is
 saved beside its weights as JSON and read back with `config_from_dict`, which tells the kinds apart
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from model.design import Design, PatchDesign, ZoomDesign
+from model.cascade.config import PRESETS as CASCADES
+from model.cascade.config import BlockConfig, CascadeConfig, TopConfig
+from model.design import Design, PatchDesign
 from model.process import Octaves
 from model.sparse.config import PRESETS as SPARSE
 from model.sparse.config import SparseConfig, check_mollifier
@@ -21,110 +23,12 @@ PUBLISHED_OVERLAP = 0.75
 
 
 @dataclass(frozen=True)
-class PyramidConfig:
-    """Sizes of a `denoiser.PyramidDenoiser`.
-
-    channels: bands of the image. token_dim: width of the condition's embeddings. coarse_level:
-    level of the lattice; 5 is cells of 32 px. widths, blocks: feature widths and numbers of local
-    blocks of levels coarse_level - 1 ... 0 (coarse to fine). kernel: side of the depthwise
-    kernels, odd. lookup_level: finest level at which tokens are looked up; finer levels inherit
-    them from their parents. lattice_width: features that the U-Net hands down. lattice_patch:
-    cells a side that it takes as one. unet_widths: channels at its resolutions. unet_attention:
-    how many of them, from the coarsest, attend to the tokens (to themselves, with
-    unet_self_attention). unet_layers, unet_head_dim, unet_groups: layers a resolution, width of a
-    head, groups of GroupNorm. classes: how many labels an image may have.
-    schedule: see `model.schedule`; of training's noise levels and of sampling's steps.
-    """
-
-    channels: int
-    token_dim: int
-    coarse_level: int = 5
-    widths: tuple[int, ...] = (64, 48, 32, 32, 16)
-    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)
-    kernel: int = 7
-    lookup_level: int = 3
-    token_width: int = 64
-    embedding_width: int = 64
-    lattice_width: int = 64
-    lattice_patch: int = 4
-    unet_widths: tuple[int, ...] = (64, 96, 128)
-    unet_attention: int = 2
-    unet_layers: int = 1
-    unet_head_dim: int = 32
-    unet_groups: int = 16
-    unet_self_attention: bool = False
-    classes: int = 0
-    schedule: str = "uniform"
-
-    def __post_init__(self) -> None:
-        if not len(self.widths) == len(self.blocks) == self.coarse_level:
-            raise ValueError(
-                f"a coarse level of {self.coarse_level} needs as many widths and blocks, "
-                f"but got {len(self.widths)} and {len(self.blocks)}"
-            )
-
-    @property
-    def halo(self) -> int:
-        """Cells at a window's rim, at any level, whose estimate may lack neighbours."""
-        return max(self.blocks) * (self.kernel // 2)
-
-    @property
-    def cell_px(self) -> int:
-        """Fields are painted in multiples of this many pixels: the coarse cell."""
-        return 1 << self.coarse_level
-
-    @property
-    def preview_level(self) -> int:
-        """Level at which a whole image can be painted cheaply."""
-        return min(3, self.coarse_level)
-
-    def tile_px(self, on_gpu: bool) -> int:
-        """Side of a tile that suits a device: on a CPU it stays in the cache."""
-        return 1024 if on_gpu else 256
-
-    def check_painting(
-        self, asked: float | None, height_px: int, width_px: int, level: int
-    ) -> None:
-        """Ours has no windows to overlap; a `ValueError` where an overlap is asked for, or a
-        resolution that was not trained on.
-        """
-        if level < 0:
-            raise ValueError(
-                "the pyramid was trained down to the pixel and knows nothing finer; leave --scale "
-                "at 1 or below, or train sparse operators with mollified noise (--preset paper)"
-            )
-        if asked is not None:
-            raise ValueError(
-                f"an overlap of {asked:g} was asked for, but only patch diffusion paints in "
-                "windows that overlap; leave --overlap out"
-            )
-
-    def check_design(self, design: Design, mollifier_sigma_px: float = 0.0) -> None:
-        """A `ValueError` when the draws of `design` cannot train this denoiser."""
-        check_mollifier(mollifier_sigma_px, 0.0)
-        if not isinstance(design, ZoomDesign) or (
-            design.coarse_level != self.coarse_level or design.halo < self.halo
-        ):
-            raise ValueError(
-                f"this preset needs --design zoom --coarse-level {self.coarse_level} --halo "
-                f"{self.halo} or more, the packs were drawn by {design}; pack again"
-            )
-
-    def octaves(
-        self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
-    ) -> Octaves:
-        """The process in every octave of a region, from the variances measured on it."""
-        noise = NoiseSpectrum(len(signal) - 1, self.coarse_level, noise_floor)
-        return Octaves(signal, residual, noise)
-
-
-@dataclass(frozen=True)
 class PatchConfig:
     """Sizes of a `baselines.PatchDenoiser`.
 
     channels: bands of the image. token_dim: width of the condition's embeddings. patch_px: side of
     a patch, and of the tile whose embedding conditions it. unshuffle: pixels a side that the U-Net
-    takes as one place. The others as in `PyramidConfig`.
+    takes as one place. The others as in `SparseConfig`.
     """
 
     channels: int
@@ -156,11 +60,6 @@ class PatchConfig:
     def cell_px(self) -> int:
         """Fields of any size are painted, from one patch on."""
         return 1
-
-    @property
-    def preview_level(self) -> int:
-        """Patches are known at the level of pixels only."""
-        return 0
 
     def tile_px(self, on_gpu: bool) -> int:
         """Width of a strip, within which no window is evaluated twice."""
@@ -195,9 +94,7 @@ class PatchConfig:
                 f"by {design}; pack again"
             )
 
-    def octaves(
-        self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
-    ) -> Octaves:
+    def octaves(self, signal: tuple[float, ...], residual: tuple[float, ...]) -> Octaves:
         """The process in the octaves of one patch, under white noise: what is coarser than a patch
         counts as its mean.
 
@@ -206,36 +103,11 @@ class PatchConfig:
         """
         top = self.patch_px.bit_length() - 1
         inside = (*signal[:top], sum(signal[top:]))
-        return Octaves(inside, (), NoiseSpectrum(top, 0, 0.0))
+        return Octaves(inside, (), NoiseSpectrum(top))
 
 
-DenoiserConfig = PyramidConfig | SparseConfig | PatchConfig
+DenoiserConfig = CascadeConfig | SparseConfig | PatchConfig
 
-PYRAMIDS: dict[str, dict[str, Any]] = {
-    "tiny": {},
-    "small": {
-        "widths": (128, 96, 64, 48, 32),
-        "token_width": 256,
-        "embedding_width": 128,
-        "lattice_width": 128,
-        "lattice_patch": 2,
-        "unet_widths": (128, 192, 256),
-        "unet_layers": 2,
-        "unet_head_dim": 64,
-        "unet_groups": 32,
-    },
-    "brush": {
-        "widths": (256, 192, 128, 96, 64),
-        "token_width": 768,
-        "embedding_width": 512,
-        "lattice_width": 256,
-        "lattice_patch": 1,
-        "unet_widths": (128, 256, 512, 832, 832),
-        "unet_layers": 2,
-        "unet_head_dim": 64,
-        "unet_groups": 32,
-    },
-}
 PATCHES: dict[str, dict[str, Any]] = {
     "patch": {},
     "patch-brush": {
@@ -255,13 +127,13 @@ cores, `brush`, `patch-brush` and `paper` have the published size of 450M parame
 
 def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
     """The configuration called `name` for images and tokens of these sizes."""
-    if name in PYRAMIDS:
-        return replace(PyramidConfig(channels=channels, token_dim=token_dim), **PYRAMIDS[name])
+    if name in CASCADES:
+        return replace(CascadeConfig(channels=channels, token_dim=token_dim), **CASCADES[name])
     if name in SPARSE:
         return replace(SparseConfig(channels=channels, token_dim=token_dim), **SPARSE[name])
     if name in PATCHES:
         return replace(PatchConfig(channels=channels, token_dim=token_dim), **PATCHES[name])
-    names = ", ".join((*PYRAMIDS, *SPARSE, *PATCHES))
+    names = ", ".join((*CASCADES, *SPARSE, *PATCHES))
     raise ValueError(f"preset {name!r} does not exist; choose one of {names}")
 
 
@@ -271,29 +143,49 @@ GIVEN = ("channels", "token_dim", "classes")
 
 def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
     """The configuration with fields changed by name=value, as on a command line; sizes are comma
-    separated.
+    separated, and a field of a block of a cascade is BLOCK.NAME.
     """
-    known: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
-    kinds = get_type_hints(type(config))
-    given: dict[str, Any] = {}
     for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals or name not in known or name in GIVEN:
-            raise ValueError(
-                f"{change!r} changes no field of this preset; write NAME=VALUE with one of "
-                f"{', '.join(name for name in known if name not in GIVEN)}"
-            )
-        choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else None
-        if choices is not None and text not in choices:
-            raise ValueError(f"{name} {text!r} does not exist; choose one of {', '.join(choices)}")
-        try:
-            given[name] = _parsed(text, known[name])
-        except ValueError as error:
-            raise ValueError(
-                f"{name} is {known[name]!r} in this preset, so it takes a value of that kind, not "
-                f"{text!r}"
-            ) from error
-    return replace(config, **given)
+        path, equals, text = change.partition("=")
+        block, dot, name = path.rpartition(".")
+        if not dot:
+            config = _with(config, name, text, change)
+            continue
+        if not isinstance(config, CascadeConfig) or block not in config.names:
+            names = ", ".join(config.names) if isinstance(config, CascadeConfig) else "none"
+            raise ValueError(f"{change!r} names a block of this preset, whose blocks are: {names}")
+        parts = [_with(b, name, text, change) if b.name == block else b for b in config.sequence]
+        config = replace(config, top=parts[0], blocks=tuple(parts[1:]))
+    return config
+
+
+def _with(config: Any, name: str, text: str, change: str) -> Any:
+    """A configuration with one field changed."""
+    known: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
+    offered = [n for n, value in known.items() if n not in GIVEN and _is_plain(value)]
+    if "=" not in change or name not in offered:
+        raise ValueError(
+            f"{change!r} changes no field of this preset; write NAME=VALUE with one of "
+            f"{', '.join(offered)}"
+        )
+    kinds = get_type_hints(type(config))
+    choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else None
+    if choices is not None and text not in choices:
+        raise ValueError(f"{name} {text!r} does not exist; choose one of {', '.join(choices)}")
+    try:
+        value = _parsed(text, known[name])
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is {known[name]!r} in this preset, so it takes a value of that kind, not "
+            f"{text!r}"
+        ) from error
+    return replace(config, **{name: value})
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be written on a command line."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, bool | int | float | str) for part in parts)
 
 
 def _parsed(text: str, like: Any) -> Any:
@@ -307,10 +199,15 @@ def _parsed(text: str, like: Any) -> Any:
 
 
 def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
-    """The inverse of `dataclasses.asdict` followed by JSON; only patch diffusion has patches, and
-    only sparse operators are normalised.
+    """The inverse of `dataclasses.asdict` followed by JSON; only patch diffusion has patches, only
+    sparse operators are normalised, and only a cascade has blocks of octaves.
     """
-    kind: type[DenoiserConfig] = PyramidConfig
+    if "lattice_patch" in values:
+        raise ValueError(
+            "this run is a joint pyramid's, which the cascade of octave blocks has replaced; pack "
+            "and train again"
+        )
+    kind: type[DenoiserConfig] = CascadeConfig
     if "patch_px" in values:
         kind = PatchConfig
     elif "normalisation" in values:
@@ -318,7 +215,17 @@ def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
     unknown = sorted(set(values) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(f"the denoiser's configuration has unknown keys {unknown}")
-    resolved: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-    }
+    resolved: dict[str, Any] = {k: _tuples(v) for k, v in values.items()}
+    if kind is CascadeConfig:
+        resolved["top"] = TopConfig(**resolved["top"])
+        resolved["blocks"] = tuple(BlockConfig(**block) for block in resolved["blocks"])
     return kind(**resolved)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, all the way down."""
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return value

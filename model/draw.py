@@ -1,9 +1,7 @@
 """What a draw brings into training: standardised values at the cells that a design named.
 
-Designs draw in two ways (see `design`), and so there are two kinds of draw of a batch: windows,
-whole squares of cells whose neighbours are at known places, and points, cells in a list. Both hold
-the coarse lattice of exact area means beside them. Values are standardised, and zero at cells that
-are absent: outside the image, or not wholly valid.
+Values are standardised. Of patches and points they are zero at cells that are absent: outside the
+image, or not wholly valid.
 """
 
 from dataclasses import dataclass
@@ -16,26 +14,54 @@ from model.points import Points
 
 
 @dataclass(frozen=True)
-class WindowDraw:
-    """Standardised area means of a batch of images in windows, zero where absent.
+class PatchDraw:
+    """Standardised pixels of a batch of patches, zero where absent."""
 
-    windows[:, :, l] and origins[:, :, l] belong to level l, 0 <= l < coarse level; origins are (y,
-    x) in cells of it.
+    values: Float[Tensor, "b c h w"]
+    present: Bool[Tensor, "b 1 h w"]
+
+    def to(self, device: torch.device) -> "PatchDraw":
+        return PatchDraw(self.values.to(device), self.present.to(device))
+
+
+@dataclass(frozen=True)
+class TopDraw:
+    """Standardised area means of a batch of images on their top lattice; absent cells hold some
+    value all the same.
     """
 
-    lattice: Float[Tensor, "b hl wl c"]
-    lattice_present: Bool[Tensor, "b hl wl 1"]
-    windows: Float[Tensor, "b chains levels w w c"]
-    windows_present: Bool[Tensor, "b chains levels w w 1"]
-    origins: Int64[Tensor, "b chains levels 2"]
+    values: Float[Tensor, "b c h w"]
+    present: Float[Tensor, "b 1 h w"]
 
-    def to(self, device: torch.device) -> "WindowDraw":
-        return WindowDraw(
-            self.lattice.to(device),
-            self.lattice_present.to(device),
-            self.windows.to(device),
-            self.windows_present.to(device),
-            self.origins.to(device),
+    def to(self, device: torch.device) -> "TopDraw":
+        return TopDraw(self.values.to(device), self.present.to(device))
+
+
+@dataclass(frozen=True)
+class BlockDraw:
+    """A batch of windows of one block of octaves: standardised fine cells, and their parents with
+    a margin on every side.
+
+    parents_present: which lie inside the image; values outside are those of the nearest inside.
+    weight: of the inner parents, the part of their pixels that is valid. y_px, x_px: centres of
+    the inner parents in pixels of their image.
+    """
+
+    values: Float[Tensor, "b c hk wk"]
+    parents: Float[Tensor, "b c hp wp"]
+    parents_present: Float[Tensor, "b 1 hp wp"]
+    weight: Float[Tensor, "b 1 h w"]
+    y_px: Float[Tensor, "b h"]
+    x_px: Float[Tensor, "b w"]
+
+    def to(self, device: torch.device) -> "BlockDraw":
+        return BlockDraw(
+            self.values.to(device),
+            self.parents.to(device),
+            self.parents_present.to(device),
+            self.weight.to(device),
+            self.y_px.to(device),
+            self.x_px.to(device),
         )
 
 
@@ -72,4 +98,4 @@ class PointDraw:
         )
 
 
-Draw = WindowDraw | PointDraw
+Draw = TopDraw | BlockDraw | PatchDraw | PointDraw

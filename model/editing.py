@@ -1,4 +1,4 @@
-"""Editing: painting under what is known of the image, without a gradient.
+"""Editing: generation under what is known of the image, without a gradient.
 
 What is known is a constraint, a set of images with the projection P onto it. Every estimate is
 projected, x0_hat <- P x0_hat (the null-space way of Wang et al., DDNM, ICLR 2023), so that the
@@ -14,13 +14,18 @@ sqrt(abar) P x0 + sqrt(1 - abar) n, whatever the solver: in a step
 
 the estimate of the known part is what it was, so that n' = xi as it started for s = 0, and
 sqrt(1 - s^2 / sigma'^2) n + (s / sigma') n' for a stochastic solver (2M extrapolates a constant).
-So the denoiser reads the known part with the keyed noise of its time, and this noise is the one
-field that also drives what is unknown beside it: where noise is correlated (floored), fresh noise
-in the known part alone would tear at its border.
+So the denoiser reads the known part with the keyed noise of its time.
+
+An image that is generated pass by pass, from coarse to fine, is held in each of them (`Edit`). Area
+means that are as fine as a pass's cells stand for the pass: generation starts below them. Known
+pixels are known at every level: a cell of which the part w is known has P x0 = w known +
+(1 - w) x0, and where a pass is also held to the area means of its parents, the rest of a family
+makes up for what its known members lack.
 
 Projections are local, so that tilings change nothing and memory stays that of the painter. They
 are approximate as a posterior: what is painted is drawn after the estimates, not after the known
-part's exact likelihood.
+part's exact likelihood. Area means of whole passes are not approximate: the finer blocks of a
+cascade are drawn given them.
 """
 
 from collections.abc import Iterator
@@ -33,7 +38,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from model.generate import Estimator, Field
+from model.generate import ArrayField, Constraint, Estimator, Field
 from model.lattice import Box, tiles
 
 
@@ -46,20 +51,6 @@ class Source(Protocol):
 
     def read(self, box: Box) -> Float[Tensor, "c h w"]:
         """Values of a box that has a part inside, zero outside."""
-        ...
-
-
-@runtime_checkable
-class Constraint(Protocol):
-    """What an image is held to; leaves: `AreaMeans`, `Known`."""
-
-    @property
-    def cell(self) -> int:
-        """Boxes that are projected are multiples of this many cells of the field."""
-        ...
-
-    def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-        """The nearest values on a box of the field that satisfy it."""
         ...
 
 
@@ -122,12 +113,179 @@ class Known:
     def cell(self) -> int:
         return 1
 
+    def known_part(self, box: Box, like: Tensor) -> Float[Tensor, "1 h w"]:
+        """1 for every cell of a box that is known, else 0."""
+        return (_read(self.mask, box, like) != 0).to(like)
+
     def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-        _, height, width = self.mask.shape
-        if box.y >= height or box.x >= width:
-            return x0
-        known = self.mask.read(box).to(x0.device) != 0
-        return torch.where(known, self.values.read(box).to(x0), x0)
+        known = self.known_part(box, x0) != 0
+        return torch.where(known, _read(self.values, box, x0), x0)
+
+
+def _read(source: Source, box: Box, like: Tensor) -> Float[Tensor, "c h w"]:
+    """Values of any box, zero outside."""
+    channels, height, width = source.shape
+    if box.y >= height or box.x >= width:
+        return like.new_zeros(channels, *box.shape)
+    return source.read(box).to(like)
+
+
+@dataclass(frozen=True)
+class Partly:
+    """Means of the known part of coarse cells, and how large it is: one constraint a level.
+
+    values, parts: of all cells; values are anything where nothing is known.
+    """
+
+    values: Source
+    parts: Source
+
+    @property
+    def cell(self) -> int:
+        return 1
+
+    def known_part(self, box: Box, like: Tensor) -> Float[Tensor, "1 h w"]:
+        """w of every cell of a box."""
+        return _read(self.parts, box, like)
+
+    def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        return torch.lerp(x0, _read(self.values, box, x0), self.known_part(box, x0))
+
+
+@dataclass(frozen=True)
+class Within:
+    """Known values inside families whose area means are given as well.
+
+    What is left of a family's mean goes to its cells as far as they are unknown.
+    """
+
+    known: Known | Partly
+    parents: Constraint
+
+    @property
+    def cell(self) -> int:
+        return self.parents.cell
+
+    def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        wanted = self.parents.project(box, x0)
+        x0, side = self.known.project(box, wanted), self.cell
+        free = 1 - self.known.known_part(box, x0)
+        left = F.avg_pool2d(wanted - x0, side) / F.avg_pool2d(free, side).clamp_min(_LEAST_FREE)
+        return x0 + left.repeat_interleave(side, 1).repeat_interleave(side, 2) * free
+
+
+_LEAST_FREE = 1e-6
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """What an image is held to, pass by pass; leaves: `LowImage`, `KnownPixels`."""
+
+    def constraint(self, level: int) -> Constraint:
+        """On cells of a level that is generated."""
+        ...
+
+    def given(self, level: int, shape: tuple[int, int, int]) -> Field | None:
+        """The whole field of a level, where that is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowImage:
+    """An image's area means over cells of `level`, all of them.
+
+    low: where it ends before the image does, nothing is known.
+    """
+
+    low: Source
+    level: int
+
+    def constraint(self, level: int) -> Constraint:
+        return AreaMeans(self.low, self.level - level)
+
+    def given(self, level: int, shape: tuple[int, int, int]) -> Field | None:
+        """The low image reduced to this level, continued to the image's end by its last cells."""
+        down = level - self.level
+        if down < 0:
+            return None
+        channels, height, width = shape
+        _, rows, columns = self.low.shape
+        field = ArrayField(np.empty(shape, np.float32))
+        side = max(_READ_CELLS >> down, 1)
+        for box in tiles(height, width, side, level=level):
+            fine = box.refine(self.level)
+            inside = _nearest(fine, rows, columns)
+            values = self.low.read(inside)
+            at_y = torch.arange(fine.y, fine.y + fine.height).clamp(max=rows - 1) - inside.y
+            at_x = torch.arange(fine.x, fine.x + fine.width).clamp(max=columns - 1) - inside.x
+            field.write(box, F.avg_pool2d(values[:, at_y][:, :, at_x], 1 << down))
+        return field
+
+
+def _nearest(box: Box, height: int, width: int) -> Box:
+    """The part of a box inside an image, or the cells at its end that are nearest to it."""
+    y, x = min(box.y, height - 1), min(box.x, width - 1)
+    bottom, right = min(box.y + box.height, height), min(box.x + box.width, width)
+    return Box(box.level, y, x, max(bottom - y, 1), max(right - x, 1))
+
+
+_READ_CELLS = 1024
+
+
+class KnownPixels:
+    """Values of an image's own cells, of `level`, where a mask is not zero."""
+
+    def __init__(self, known: Known, level: int) -> None:
+        self.known, self.level = known, level
+
+    def constraint(self, level: int) -> Constraint:
+        """At the image's own level the values themselves; above it, means of their parts."""
+        if level < self.level:
+            raise ValueError(
+                f"pixels are known at level {self.level} and say nothing of level {level}"
+            )
+        if level == self.level:
+            return self.known
+        channels, height, width = self.known.values.shape
+        down = level - self.level
+        rows, columns = -(-height >> down), -(-width >> down)
+        values = ArrayField(np.zeros((channels, rows, columns), np.float32))
+        parts = ArrayField(np.zeros((1, rows, columns), np.float32))
+        for box in tiles(rows, columns, max(_READ_CELLS >> down, 1), level=level):
+            fine = box.refine(self.level)
+            mask = (self.known.mask.read(fine) != 0).float()
+            means = F.avg_pool2d(self.known.values.read(fine) * mask, 1 << down)
+            part = F.avg_pool2d(mask, 1 << down)
+            values.write(box, means / part.clamp_min(torch.finfo(torch.float32).tiny))
+            parts.write(box, part)
+        return Partly(values, parts)
+
+    def given(self, level: int, shape: tuple[int, int, int]) -> Field | None:
+        return None
+
+
+def hold(edit: Constraint, parents: Constraint | None) -> Constraint:
+    """What an image is held to by what is known of it, and by the area means of its parents, with
+    which known area means agree.
+    """
+    if parents is None:
+        return edit
+    return Within(edit, parents) if isinstance(edit, Known | Partly) else Both(edit, parents)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two constraints, of which the first keeps what the second asks for."""
+
+    first: Constraint
+    second: Constraint
+
+    @property
+    def cell(self) -> int:
+        return max(self.first.cell, self.second.cell)
+
+    def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        return self.first.project(box, self.second.project(box, x0))
 
 
 @dataclass(frozen=True)

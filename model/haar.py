@@ -1,12 +1,8 @@
-"""From one level to the next: area means, details and slopes.
+"""Octaves of the Haar basis: area means, details, and what parents predict of their children.
 
-A level's values are its parents' means plus *details* whose mean over the four siblings is zero
-(the Haar basis). A smooth image has predictable details: on a ramp they follow from the slope
-between the neighbouring parents. So a level is predicted as parent + slope, and only what is left
-is worth a network.
-
-Tensors are channels-last, (b, h, w, c): 1x1 layers are plain matrix products and depthwise
-convolutions run fastest.
+The values of a level are their parents' means plus *details* whose mean over the four siblings is
+zero. n levels below some parents, a field has n octaves of details, which are orthogonal. Tensors
+are (b, c, h, w); a cell's 2^n x 2^n descendants lie in one square, and sides are multiples of it.
 """
 
 import torch.nn.functional as F
@@ -14,39 +10,52 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def repeat(parents: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c"]:
-    """Each parent's value at its four children."""
-    return parents.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+def up(parents: Float[Tensor, "b c h w"], n: int) -> Float[Tensor, "b c h2 w2"]:
+    """Each parent's value at its 4^n descendants, n levels below."""
+    return parents.repeat_interleave(1 << n, dim=2).repeat_interleave(1 << n, dim=3)
 
 
-def parent_means(children: Float[Tensor, "b h2 w2 c"]) -> Float[Tensor, "b h w c"]:
-    """Mean over each four siblings."""
-    return F.avg_pool2d(children.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+def means(values: Float[Tensor, "b c h2 w2"], n: int) -> Float[Tensor, "b c h w"]:
+    """Area means over squares of 2^n cells a side."""
+    return F.avg_pool2d(values, 1 << n) if n else values
 
 
-def detail(children: Float[Tensor, "b h2 w2 c"]) -> Float[Tensor, "b h2 w2 c"]:
-    """What is left of the children without their parents' means."""
-    return children - repeat(parent_means(children))
+def zero_mean(values: Float[Tensor, "b c h w"], n: int) -> Float[Tensor, "b c h w"]:
+    """What is left without the means over squares of 2^n cells a side: n octaves of details."""
+    return values - up(means(values, n), n)
 
 
-def slope_detail(
-    parents: Float[Tensor, "b hp wp c"], present: Float[Tensor, "b hp wp 1"]
-) -> Float[Tensor, "b h2 w2 c"]:
-    """Details of the children by the slopes between parents, exact on linear images.
+def details(values: Float[Tensor, "b c h w"], n: int) -> list[Float[Tensor, "b c h w"]]:
+    """The n octaves below squares of 2^n cells a side, each on the values' own cells, coarse to
+    fine; their sum is `zero_mean`.
+    """
+    found, coarser = [], up(means(values, n), n)
+    for left in reversed(range(n)):
+        finer = up(means(values, left), left) if left else values
+        found.append(finer - coarser)
+        coarser = finer
+    return found
+
+
+INTERPOLATION_MARGIN = 2
+"""Parents that `predicted` needs on every side."""
+
+
+def predicted(
+    parents: Float[Tensor, "b c hp wp"], n: int, margin: int
+) -> Float[Tensor, "b c h2 w2"]:
+    """The details that a smooth image would have n levels below these parents: their bicubic
+    interpolation without its means over each parent.
 
     Args:
-        parents: values with a margin of one cell on every side.
-        present: 1 where a parent exists; a slope towards an absent neighbour counts as zero.
+        parents: values with `margin` more of them on every side, `INTERPOLATION_MARGIN` or more.
 
     Returns:
-        Details of the 2 (hp - 2) x 2 (wp - 2) children of the inner parents.
+        Of the inner parents' descendants.
     """
-    down = present[:, 1:] * present[:, :-1] * (parents[:, 1:] - parents[:, :-1])
-    right = present[:, :, 1:] * present[:, :, :-1] * (parents[:, :, 1:] - parents[:, :, :-1])
-    dy = (down[:, 1:, 1:-1] + down[:, :-1, 1:-1]) / 8
-    dx = (right[:, 1:-1, 1:] + right[:, 1:-1, :-1]) / 8
-    b, h, w, c = dy.shape
-    sign = dy.new_tensor([-1.0, 1.0])
-    vertical = dy[:, :, None, :, None, :] * sign.view(1, 1, 2, 1, 1, 1)
-    horizontal = dx[:, :, None, :, None, :] * sign.view(1, 1, 1, 1, 2, 1)
-    return (vertical + horizontal).reshape(b, 2 * h, 2 * w, c)
+    more = margin - INTERPOLATION_MARGIN
+    h, w = parents.shape[2:]
+    near = parents[..., more : h - more, more : w - more]
+    smooth = F.interpolate(near, scale_factor=1 << n, mode="bicubic", align_corners=False)
+    rim = INTERPOLATION_MARGIN << n
+    return zero_mean(smooth[..., rim : smooth.shape[2] - rim, rim : smooth.shape[3] - rim], n)

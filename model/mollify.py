@@ -38,18 +38,13 @@ _VALUES_AT_ONCE = 1 << 21
 class MollifiedNoise:
     """A xi as `noise.Noise`.
 
-    tree: a white one. sigma_px: of A, in pixels of the training resolution.
+    tree: of the white leaves. sigma_px: of A, in pixels of the training resolution.
     """
 
     tree: NoiseTree
     sigma_px: float
 
     def __post_init__(self) -> None:
-        if self.tree.spectrum.floor:
-            raise ValueError(
-                f"mollified noise is made of white noise, but the tree has a floor of "
-                f"{self.tree.spectrum.floor:g}"
-            )
         gaussian_taps(self.sigma_px)
 
     @property
@@ -102,8 +97,7 @@ class MollifiedNoise:
         if bool(points.level.any()):
             raise ValueError(
                 f"mollified noise is known at pixels, but points of levels "
-                f"{points.level.unique().tolist()} were asked for; use white or floored noise for "
-                "area means"
+                f"{points.level.unique().tolist()} were asked for; use white noise for area means"
             )
         values = torch.empty(len(points), self.channels, device=seeds.device)
         level = -points.resolution

@@ -4,16 +4,15 @@
 
 Time is the log-SNR lambda itself: abar = sigmoid(lambda). In the Haar basis u splits into octaves,
 and each has a log-SNR of its own, lambda + ln(signal variance / noise variance): a coarse octave
-drowns in white noise long after a fine one has. So training draws lambda uniformly over a range in
-which every octave goes from drowned to clean, sampling steps through the same range, and each
-octave is preconditioned at its own noise level (Karras et al., 2022, Table 1): with y = u_t /
+drowns in white noise long after a fine one has. So training and sampling go through a range of
+lambda in which every octave that is diffused goes from drowned to clean, and each octave is
+preconditioned at its own noise level (Karras et al., 2022, Table 1): with y = u_t /
 sqrt(abar) = u_0 + sigma xi, signal variance S and noise variance N = sigma^2 n,
 
     x0_hat = mu + c_skip (y - mu) + c_out F,    c_skip = S / (S + N),    c_out^2 = S N / (S + N),
 
-where mu is what the coarser levels predict; F has unit variance as input, as output and in the
+where mu is what is known before; F has unit variance as input, as output and in the
 loss. The sum over levels of the mean loss at each is Theorem 1's norm C^{-1/2} in the Haar basis.
-A pyramid's lattice holds several octaves, whose linear estimate is better (see `wiener`).
 """
 
 import math
@@ -34,7 +33,8 @@ class Octaves:
 
     signal[l]: variance of the detail at level l (cell minus parent), mean over bands and images;
         signal[-1] is the variance of the mean over the whole region.
-    residual[l], l < coarse_level: variance of the detail without what slopes predict of it.
+    residual[l], l < coarse_level: variance of the detail without what the parents of its block of
+        octaves predict of it (`haar.predicted`); () where nothing is predicted.
     noise: the noise's spectrum; its top level is len(signal) - 1.
     """
 
@@ -73,16 +73,6 @@ class Octaves:
         )
         signal = self.signal[level] if level >= self.coarse_level else self.residual[level]
         return math.log(max(signal, _LEAST_VARIANCE) / noise)
-
-    def lattice_error(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Variance of the error of the lattice's linear estimate (see `wiener`): the sum of S N /
-        (S + N) over its octaves.
-        """
-        total = torch.zeros_like(log_snr)
-        for level in range(self.coarse_level, self.noise.top_level + 1):
-            signal = max(self.signal[level], _LEAST_VARIANCE)
-            total = total + signal * torch.sigmoid(-log_snr - self.offset(level))
-        return total
 
     def log_snr_range(self, margin: float = 6.0) -> tuple[float, float]:
         """From -margin in the easiest octave to +margin in the hardest."""

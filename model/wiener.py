@@ -13,13 +13,12 @@ middles of octaves ln(S / N) is interpolated; beyond the first and the last it i
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.process import Octaves, Preconditioning, precondition
+from model.process import Octaves
 
 
 def cosine_basis(size: int, like: Tensor) -> Float[Tensor, "n n"]:
@@ -44,14 +43,6 @@ def mode_offsets(octaves: Octaves, level: int, height: int, width: int) -> Float
     below = place.floor().long().clamp(max=max(len(offsets) - 2, 0))
     above = (below + 1).clamp(max=len(offsets) - 1)
     return torch.lerp(offsets[below], offsets[above], place - below)
-
-
-def precondition_lattice(octaves: Octaves, log_snr: Float[Tensor, " b"]) -> Preconditioning:
-    """Factors of the lattice: as of one octave, but what is left to the network, c_out, is the
-    error of `wiener`.
-    """
-    error = octaves.lattice_error(log_snr).sqrt().view(-1, 1, 1, 1)
-    return replace(precondition(octaves, octaves.coarse_level, log_snr), c_out=error)
 
 
 def wiener(

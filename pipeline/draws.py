@@ -4,16 +4,20 @@ Means are sums of integers over whole cells, divided once; nothing passes throug
 pyramid of the store. Mollified pixels are such integers too: fixed point, as packs hold them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64, UInt16, UInt32
+from jaxtyping import Bool, Float32, Float64, Int64, UInt16, UInt32
 
-from model.design import Design, Extent, PointDesign, WindowDesign
-from model.haar import slope_detail
+from model.design import CascadeDesign, Extent, PatchDesign, PointDesign, WindowsBelow
+from model.haar import INTERPOLATION_MARGIN, details, predicted, zero_mean
 from model.mollifier import mollify
-from pipeline.packfile import ABSENT
+from pipeline.packfile import ABSENT, PART_SCALE
+
+LEAST_PART = 0.5
+"""Of a top cell that must be valid for it to be learned from."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +78,16 @@ class RegionLevels:
         out[top - y : bottom - y, left - x : right - x] = fixed
         return out
 
-    def windows(
-        self, origins: Int64[np.ndarray, "chains levels 2"], window: int, scale: int
-    ) -> UInt16[np.ndarray, "chains levels w w c"]:
-        """The windows of one draw, fixed point."""
-        return np.stack(
-            [
-                np.stack(
-                    [
-                        self.fixed_point(level, (int(y), int(x)), (window, window), scale)
-                        for level, (y, x) in enumerate(chain)
-                    ]
-                )
-                for chain in origins
-            ]
+    def continued(
+        self, level: int, corner: tuple[int, int], shape: tuple[int, int], scale: int
+    ) -> UInt16[np.ndarray, "hw ww c"]:
+        """Means x scale of a window; cells outside the region have the values of the nearest."""
+        sums = self.sums[level]
+        rows, columns = (
+            np.clip(np.arange(first, first + side), 0, extent - 1)
+            for first, side, extent in zip(corner, shape, sums.shape[:2], strict=True)
         )
+        return self._fixed(sums[np.ix_(rows, columns)], level, scale)
 
     def points(self, cells: Int64[np.ndarray, "n 3"], scale: int) -> UInt16[np.ndarray, "n c"]:
         """Means x scale of single cells (level, y, x); `ABSENT` where cells are absent."""
@@ -103,14 +102,14 @@ class RegionLevels:
             out[of_level] = fixed
         return out
 
-    def values(
-        self, design: Design, extent: Extent, key: tuple[int, ...], scale: int
-    ) -> UInt16[np.ndarray, "*cells c"]:
+    def payload(
+        self, design: PointDesign | PatchDesign, extent: Extent, key: tuple[int, ...], scale: int
+    ) -> bytes:
         """The values of one draw, fixed point, in the order of its cells."""
-        if isinstance(design, PointDesign):
-            return self.points(design.cells(extent, key), scale)
-        assert isinstance(design, WindowDesign)
-        return self.windows(design.draw(extent, key), design.window, scale)
+        if isinstance(design, PatchDesign):
+            y, x = design.draw(extent, key).tolist()
+            return self.fixed_point(0, (y, x), (design.window, design.window), scale).tobytes()
+        return self.points(design.cells(extent, key), scale).tobytes()
 
     def _fixed(
         self, sums: UInt32[np.ndarray, "*n c"], level: int, scale: int
@@ -122,6 +121,92 @@ class RegionLevels:
         """The whole coarse level, fixed point."""
         level = len(self.sums) - 1
         return self.fixed_point(level, (0, 0), self.valid[level].shape, scale)
+
+
+@dataclass(frozen=True)
+class CascadeLevels:
+    """The levels of a region whose holes are filled, and how much of each cell is not.
+
+    levels: of the filled pixels, so that area means are means of area means everywhere. parts[l]:
+    the valid part of every cell.
+    """
+
+    levels: RegionLevels
+    parts: list[Float32[np.ndarray, "_ _"]]
+
+    @classmethod
+    def of(
+        cls, pixels: np.ndarray, valid: Bool[np.ndarray, "h w"], coarse_level: int
+    ) -> "CascadeLevels":
+        """Levels of channel-first pixels; sides must be multiples of 2^coarse_level."""
+        parts = [valid.astype(np.float32)]
+        for _ in range(coarse_level):
+            parts.append(_quarter(parts[-1]) / 4)
+        whole = pixels if valid.all() else filled(pixels, valid, coarse_level)
+        return cls(RegionLevels.of(whole, np.ones_like(valid), coarse_level), parts)
+
+    def lattice(self, scale: int) -> UInt16[np.ndarray, "hl wl c"]:
+        """The top level, fixed point; `ABSENT` where less than half of a cell is valid."""
+        values = self.levels.lattice(scale)
+        values[self.parts[-1] < LEAST_PART] = ABSENT
+        return values
+
+    def payload(
+        self, design: CascadeDesign, extent: Extent, key: tuple[int, ...], scale: int
+    ) -> bytes:
+        """All windows of one draw, block after block (see `pipeline.packfile.WindowLayout`)."""
+        return b"".join(
+            self._window(block, design.margin, extent, (int(y), int(x)), scale)
+            for block, origins in zip(design.blocks, design.draw(extent, key), strict=True)
+            for y, x in origins
+        )
+
+    def _window(
+        self,
+        block: WindowsBelow,
+        margin: int,
+        extent: Extent,
+        corner: tuple[int, int],
+        scale: int,
+    ) -> bytes:
+        """Fine cells, parents with a margin, and the valid parts of the inner parents, which are 0
+        outside the region.
+        """
+        (y, x), (h, w), n = corner, block.shape(extent), block.octaves
+        fine = self.levels.continued(block.fine, (y << n, x << n), (h << n, w << n), scale)
+        around = (h + 2 * margin, w + 2 * margin)
+        parents = self.levels.continued(block.parents, (y - margin, x - margin), around, scale)
+        parts = self.parts[block.parents]
+        weight = np.zeros((h, w), np.uint16)
+        top, left = max(y, 0), max(x, 0)
+        inside = parts[top : y + h, left : x + w]
+        weight[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = (
+            np.rint(inside * PART_SCALE)
+        )
+        return fine.tobytes() + parents.tobytes() + weight.tobytes()
+
+
+def filled(pixels: np.ndarray, valid: Bool[np.ndarray, "h w"], coarse_level: int) -> np.ndarray:
+    """Channel-first pixels whose holes have the mean of what is valid in the smallest dyadic cell
+    around them that has any; of the whole region, where none up to `coarse_level` has.
+    """
+    sums = [np.where(valid, pixels, 0).astype(np.float64)]
+    counts = [valid.astype(np.float64)]
+    for _ in range(coarse_level):
+        sums.append(np.stack([_quarter(band) for band in sums[-1]]))
+        counts.append(_quarter(counts[-1]))
+    total = max(counts[-1].sum(), 1.0)
+    values = np.broadcast_to(sums[-1].sum(axis=(1, 2), keepdims=True) / total, sums[-1].shape)
+    for total_of_cell, count in zip(reversed(sums), reversed(counts), strict=True):
+        if values.shape != total_of_cell.shape:
+            values = values.repeat(2, axis=1).repeat(2, axis=2)
+        values = np.where(count > 0, total_of_cell / np.maximum(count, 1), values)
+    return np.where(valid, pixels, np.rint(values).astype(pixels.dtype))
+
+
+def _quarter(values: np.ndarray) -> np.ndarray:
+    """Sums over four siblings."""
+    return values[::2, ::2] + values[::2, 1::2] + values[1::2, ::2] + values[1::2, 1::2]
 
 
 def mollified(
@@ -144,9 +229,10 @@ Energy = tuple[float, Float64[np.ndarray, "c c"]]
 class Moments:
     """Sums from which a data set's statistics follow; those of several regions add up.
 
-    pixels, total: count and outer products of the pixels, and their per-band sum. details,
-    residuals: the same of each octave's detail, and of the detail that slopes do not predict.
-    region_means: per-band mean of every region.
+    pixels, total: count and outer products of the pixels, and their per-band sum. details: the same
+    of each octave's detail. residuals: of what is left of it below the top lattice without what the
+    parents of its block of octaves predict; none without blocks. region_means: per-band mean of
+    every region.
     """
 
     pixels: Energy
@@ -156,27 +242,31 @@ class Moments:
     region_means: list[Float64[np.ndarray, " c"]]
 
     @classmethod
-    def of(cls, levels: RegionLevels, block: int = 1024) -> "Moments":
-        """Moments of one region; details finer than a block are measured on its central block."""
+    def of(
+        cls, levels: RegionLevels, blocks: Sequence[WindowsBelow] = (), side: int = 1024
+    ) -> "Moments":
+        """Moments of one region; what is finer than a square of `side` cells is measured on its
+        central one.
+        """
         coarse = len(levels.sums) - 1
         # Pixel moments from every second pixel each way: a quarter of 4096^2 is plenty.
         pixels = levels.sums[0][::2, ::2][levels.valid[0][::2, ::2]] / levels.steps(0)
-        details, residuals = [], []
+        octaves = []
         for level in range(coarse):
-            fine, parents, valid = _central(levels, level, block)
-            detail = fine - _repeat(parents)
-            seen = _repeat(valid)
-            details.append(_energy(detail[seen]))
-            residuals.append(_energy((detail - _slopes(parents, valid))[seen]))
+            fine, parents, valid = _central(levels, level, side)
+            octaves.append(_energy((fine - _repeat(parents))[_repeat(valid)]))
+        residuals: list[Energy] = []
+        for block in reversed(blocks):
+            residuals += _residuals(levels, block, side)
         means, valid = levels.means(coarse), levels.valid[coarse]
         while min(valid.shape) > 1:
             h, w = valid.shape[0] // 2 * 2, valid.shape[1] // 2 * 2
             parents = means[:h, :w].reshape(h // 2, 2, w // 2, 2, -1).mean(axis=(1, 3))
             whole = np.all(valid[:h, :w].reshape(h // 2, 2, w // 2, 2), axis=(1, 3))
-            details.append(_energy((means[:h, :w] - _repeat(parents))[_repeat(whole)]))
+            octaves.append(_energy((means[:h, :w] - _repeat(parents))[_repeat(whole)]))
             means, valid = parents, whole
         means_of_region = [pixels.mean(axis=0)] if len(pixels) else []
-        return cls(_energy(pixels), pixels.sum(axis=0), details, residuals, means_of_region)
+        return cls(_energy(pixels), pixels.sum(axis=0), octaves, residuals, means_of_region)
 
     def __add__(self, other: "Moments") -> "Moments":
         def merge(a: Energy, b: Energy) -> Energy:
@@ -214,7 +304,7 @@ class Moments:
         return (*(self._variance(energy) for energy in self.details), of_means)
 
     def residual(self) -> tuple[float, ...]:
-        """Variance of what slopes leave of u's detail in each octave below the lattice."""
+        """Variance of what the parents of its block leave of u's detail, fine to coarse."""
         return tuple(self._variance(energy) for energy in self.residuals)
 
     def _variance(self, energy: Energy) -> float:
@@ -249,9 +339,24 @@ def _central(
     )
 
 
-def _slopes(
-    parents: Float64[np.ndarray, "hp wp c"], valid: Bool[np.ndarray, "hp wp"]
-) -> Float64[np.ndarray, "h w c"]:
-    padded = torch.from_numpy(np.pad(parents, ((1, 1), (1, 1), (0, 0))))[None]
-    present = torch.from_numpy(np.pad(valid, 1).astype(np.float64))[None, :, :, None]
-    return slope_detail(padded, present)[0].numpy()
+def _residuals(levels: RegionLevels, block: WindowsBelow, side: int) -> list[Energy]:
+    """Of the details of a block's octaves, fine to coarse, on a central square of `side` fine
+    cells.
+    """
+    n, margin = block.octaves, INTERPOLATION_MARGIN
+    height, width = levels.sums[block.parents].shape[:2]
+    h, w = min(height, max(side >> n, 1)), min(width, max(side >> n, 1))
+    y, x = (height - h) // 2, (width - w) // 2
+    rows, columns = (
+        np.clip(np.arange(first - margin, first + extent + margin), 0, most - 1)
+        for first, extent, most in ((y, h, height), (x, w, width))
+    )
+    parents = levels.sums[block.parents][np.ix_(rows, columns)] / levels.steps(block.parents)
+    fine = levels.sums[block.fine][y << n : (y + h) << n, x << n : (x + w) << n]
+    values, around = (
+        torch.from_numpy(part.transpose(2, 0, 1).copy())[None]
+        for part in (fine / levels.steps(block.fine), parents)
+    )
+    left = zero_mean(values, n) - predicted(around, n, margin)
+    parts = [octave[0].permute(1, 2, 0).numpy() for octave in details(left, n)]
+    return [_energy(part) for part in reversed(parts)]

@@ -2,8 +2,8 @@
 
 One sample of a shard is one region: `KEY.json` (place, valid fraction, label), `KEY.tokens.npy`
 (once, not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`,
-`KEY.p01.bin` ..., one draw each: the values of its cells, of windows in the order (chain, level,
-y, x, channel), of points in the order of the design. KEY is an integer. Any WebDataset reader can
+`KEY.p01.bin` ..., one draw each: the values of its cells, of points in the order of the design, of
+a patch in the order (y, x, channel), of a cascade window after window (`WindowLayout`). KEY is an integer. Any WebDataset reader can
 stream a shard; random access takes a few ranges of it through the index.
 
 Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
@@ -14,7 +14,7 @@ the tokens' places and the key (seed, region, pack).
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,20 @@ from jaxtyping import Float32, Int64, UInt16
 
 from model.design import (
     EVERY_PIXEL,
+    CascadeDesign,
     Design,
     Extent,
+    PatchDesign,
     PointDesign,
     Sampling,
-    WindowDesign,
+    WindowsBelow,
     make_design,
 )
 from pipeline.embeddings import TokenLattice
 
 ABSENT = 65_535
+PART_SCALE = 65_535
+"""Of the valid part of a cell, as an integer."""
 VALUE_SCALE = {"uint8": 256, "uint16": 1}
 INDEX_NAME, PLAN_NAME = "index.json", "settings.json"
 
@@ -44,7 +48,7 @@ class PackSettings:
     stops.
 
     lattices: (footprint_px, gy, gx) of the token lattices of a region, the finest first. window,
-    halo, uniform_part: of the design, None where it has none. lattice: whether draws of points
+    uniform_part: of the design, None where it has none. lattice: whether draws of points
     hold the lattice too. mollifier_sigma_px: of the Gaussian that smoothed the pixels before the
     draw, 0 for none. classes: the labels that training regions have, sorted; a label's number is
     its place here.
@@ -58,7 +62,6 @@ class PackSettings:
     points: int
     coarse_level: int
     window: int | None
-    halo: int | None
     packs_per_region: int
     seed: int
     side_px: int
@@ -71,13 +74,24 @@ class PackSettings:
     mollifier_sigma_px: float = 0.0
     classes: tuple[str, ...] = ()
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> "PackSettings":
+        """The inverse of `dataclasses.asdict` and JSON; `where` names the packs in a refusal."""
+        values = dict(tuples_from_json(content))
+        if values.get("design") == "zoom":
+            raise ValueError(
+                f"{where} holds draws of the joint pyramid (--design zoom), which the cascade of "
+                "octave blocks has replaced; pack and train again"
+            )
+        values.pop("halo", None)  # of zoom draws alone
+        return cls(**values)
+
     def make_design(self) -> Design:
         return make_design(
             self.design,
             points=self.points,
             coarse_level=self.coarse_level,
             window=self.window,
-            halo=self.halo,
             lattice=self.lattice,
             uniform_part=self.uniform_part,
         )
@@ -158,12 +172,68 @@ def extent_of(
 
 
 @dataclass(frozen=True)
-class DrawnWindows:
-    """One draw of a region: fixed-point values, and where its windows lie."""
+class WindowLayout:
+    """How the windows of one block of a cascade lie in a draw: `number` of them from byte `start`
+    on, each its fine cells, its parents with a margin and the valid parts of the inner parents.
+
+    shape: (height, width) in parents.
+    """
+
+    block: WindowsBelow
+    margin: int
+    shape: tuple[int, int]
+    number: int
+    start: int
+    channels: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Numbers of uint16 values: of fine cells, parents and valid parts."""
+        (h, w), more = self.shape, 2 * self.margin
+        fine = self.channels * h * w << 2 * self.block.octaves
+        return fine, self.channels * (h + more) * (w + more), h * w
+
+    @property
+    def window_bytes(self) -> int:
+        return 2 * sum(self.sizes)
+
+
+def window_layouts(design: CascadeDesign, image: Extent, channels: int) -> list[WindowLayout]:
+    """Of every block, in the order of a draw."""
+    found, start = [], 0
+    for block, number in zip(design.blocks, design.numbers(image), strict=True):
+        layout = WindowLayout(block, design.margin, block.shape(image), number, start, channels)
+        found.append(layout)
+        start += number * layout.window_bytes
+    return found
+
+
+@dataclass(frozen=True)
+class DrawnTop:
+    """The top lattice of a region, fixed point."""
 
     lattice: UInt16[np.ndarray, "hl wl c"]
-    windows: UInt16[np.ndarray, "chains levels w w c"]
-    origins: Int64[np.ndarray, "chains levels 2"]
+
+
+@dataclass(frozen=True)
+class DrawnWindow:
+    """One window of a block of octaves: fixed-point values of its fine cells and of its parents
+    with a margin, the valid parts of the inner parents, and the first inner parent (y, x).
+    """
+
+    block: WindowsBelow
+    fine: UInt16[np.ndarray, "hk wk c"]
+    parents: UInt16[np.ndarray, "hp wp c"]
+    weight: UInt16[np.ndarray, "h w"]
+    origin: Int64[np.ndarray, "2"]
+
+
+@dataclass(frozen=True)
+class DrawnPatch:
+    """One patch of a region: fixed-point pixels, and its first (y, x)."""
+
+    values: UInt16[np.ndarray, "w w c"]
+    origin: Int64[np.ndarray, "2"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +248,7 @@ class DrawnPoints:
     cells: Int64[np.ndarray, "n 3"]
 
 
-Drawn = DrawnWindows | DrawnPoints
+Drawn = DrawnTop | DrawnWindow | DrawnPatch | DrawnPoints
 
 
 class PackSet:
@@ -210,7 +280,7 @@ class PackSet:
         content = json.loads(index.read_text())
         return cls(
             path,
-            PackSettings(**tuples_from_json(content["settings"])),
+            PackSettings.from_json(content["settings"], str(path)),
             PackStatistics(**tuples_from_json(content["statistics"])),
             [RegionEntry(**tuples_from_json(entry)) for entry in content["regions"]],
         )
@@ -231,25 +301,53 @@ class PackSet:
         """The coarse lattice of a region, fixed point."""
         return np.load(io.BytesIO(self._range(entry, 1)))
 
-    def draw(self, entry: RegionEntry, pack: int) -> Drawn:
-        """One draw; where its cells lie is computed again."""
-        settings, channels = self.settings, len(self.settings.bands)
+    def draw(self, entry: RegionEntry, pack: int) -> DrawnPoints | DrawnPatch:
+        """One draw of points, or a patch; where its cells lie is computed again."""
+        settings, channels, design = self.settings, len(self.settings.bands), self.design
         key = (settings.seed, entry.key, pack)
         values = np.frombuffer(self._range(entry, 2 + pack), np.uint16).reshape(-1, channels)
-        if isinstance(self.design, PointDesign):
+        if isinstance(design, PointDesign):
             extent = Extent(settings.side_px, settings.side_px)
             none = np.empty((0, 0, channels), np.uint16)
-            lattice = self.lattice(entry) if self.design.lattice else none
-            return DrawnPoints(lattice, values, self.design.cells(extent, key))
-        assert isinstance(self.design, WindowDesign)
-        lattice, window = self.lattice(entry), self.design.window
+            lattice = self.lattice(entry) if design.lattice else none
+            return DrawnPoints(lattice, values, design.cells(extent, key))
+        assert isinstance(design, PatchDesign)
+        lattice = self.lattice(entry)
         extent = extent_of(settings.side_px, settings.lattices[0][0], entry.first_px[0], lattice)
-        origins = self.design.draw(extent, key)
-        shape = (*origins.shape[:2], window, window, channels)
-        return DrawnWindows(lattice, values.reshape(shape), origins)
+        shape = (design.window, design.window, channels)
+        return DrawnPatch(values.reshape(shape), design.draw(extent, key))
 
-    def _range(self, entry: RegionEntry, member: int) -> bytes:
+    def windows(self, block: int) -> WindowLayout:
+        """How the windows of a block, counted from the coarsest, lie in every draw."""
+        assert isinstance(self.design, CascadeDesign)
+        region = Extent(self.settings.side_px, self.settings.side_px)
+        return window_layouts(self.design, region, len(self.settings.bands))[block]
+
+    def window(self, entry: RegionEntry, pack: int, block: int, number: int) -> DrawnWindow:
+        """One window of a block of a draw; only its bytes are read."""
+        assert isinstance(self.design, CascadeDesign)
+        layout, settings = self.windows(block), self.settings
+        part = (layout.start + number * layout.window_bytes, layout.window_bytes)
+        values = np.frombuffer(self._range(entry, 2 + pack, part), np.uint16)
+        fine, parents, weight = np.split(values, np.cumsum(layout.sizes)[:-1])
+        (h, w), n, more = layout.shape, layout.block.octaves, 2 * layout.margin
+        key = (settings.seed, entry.key, pack)
+        origins = self.design.draw(Extent(settings.side_px, settings.side_px), key)
+        return DrawnWindow(
+            layout.block,
+            fine.reshape(h << n, w << n, -1),
+            parents.reshape(h + more, w + more, -1),
+            weight.reshape(h, w),
+            origins[block][number],
+        )
+
+    def _range(
+        self, entry: RegionEntry, member: int, part: tuple[int, int] | None = None
+    ) -> bytes:
+        """The bytes of a member; part: (start, length) within it, if not all."""
         start, length = entry.offsets[member]
+        if part is not None:
+            start, length = start + part[0], part[1]
         with (self.path / entry.shard).open("rb") as stream:
             stream.seek(start)
             payload = stream.read(length)

@@ -41,7 +41,7 @@ CONFIG = SparseConfig(
     unet_head_dim=8,
     unet_groups=4,
 )
-OCTAVES = Octaves(signal=(0.1,) * 7, residual=(), noise=NoiseSpectrum(6, 3, 0.0))
+OCTAVES = Octaves(signal=(0.1,) * 7, residual=(), noise=NoiseSpectrum(6))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_presets_have_the_size_they_claim(name: str, millions: tuple[float, floa
     """
     config = preset(name, channels=3, token_dim=1024)
     assert isinstance(config, SparseConfig)
-    octaves = config.octaves((0.1,) * 13, (), 0.0)
+    octaves = config.octaves((0.1,) * 13, ())
     with torch.device("meta"):
         denoiser = SparseOperatorDenoiser(config, octaves)
         latents = LatentDenoiser(LatentConfig(dim=1024))

@@ -17,7 +17,7 @@ from model.noise import Noise, NoiseTree
 from model.points import Points, full_lattice
 from model.spectrum import NoiseSpectrum
 
-WHITE = NoiseTree(NoiseSpectrum(top_level=8, coarse_level=5, floor=0.0), channels=2)
+WHITE = NoiseTree(NoiseSpectrum(top_level=8), channels=2)
 NOISE = MollifiedNoise(WHITE, sigma_px=1.0)
 
 
@@ -161,7 +161,7 @@ def test_finer_fields_are_the_same_field_refined() -> None:
 
 @pytest.mark.parametrize("sigma_px", [0.6, 1.0])
 def test_its_octaves_are_those_of_its_spectrum(sigma_px: float) -> None:
-    spectrum = NoiseSpectrum(8, 5, 0.0, sigma_px)
+    spectrum = NoiseSpectrum(8, sigma_px)
     values = MollifiedNoise(WHITE, sigma_px).boxes(torch.arange(8), Box(0, 0, 0, 256, 256))
     means = values.double()
     for level in range(5):
@@ -174,10 +174,8 @@ def test_its_octaves_are_those_of_its_spectrum(sigma_px: float) -> None:
         found, expected = float(details.square().mean()), spectrum.detail_variance(level)
         assert found == pytest.approx(expected, rel=5 * 3 * math.sqrt(2 / count))
         means = above
-    white = NoiseSpectrum(8, 5, 0.0)
+    white = NoiseSpectrum(8)
     assert spectrum.mean_variance(8) == pytest.approx(white.mean_variance(8), rel=0.02)
-    with pytest.raises(ValueError, match=r"made of white noise, but a floor of 0\.005"):
-        NoiseSpectrum(8, 5, 0.005, 1.0)
 
 
 def test_streams_are_independent_fields_of_one_law() -> None:
@@ -196,10 +194,8 @@ def test_mistakes_are_sentences() -> None:
         NOISE.at(zero, Points(zero, zero + 1, zero, zero, sizes))
     with pytest.raises(ValueError, match="2 seeds do not fit"):
         NOISE.at(torch.tensor([0, 1]), Points(zero, zero, zero, zero, sizes))
-    with pytest.raises(ValueError, match="has a floor of"):
-        MollifiedNoise(NoiseTree(NoiseSpectrum(8, 5, 0.005), 1), 1.0)
     with pytest.raises(ValueError, match="use MollifiedNoise"):
-        NoiseTree(NoiseSpectrum(8, 5, 0.0, 1.0), 1)
+        NoiseTree(NoiseSpectrum(8, 1.0), 1)
 
 
 @pytest.mark.gpu

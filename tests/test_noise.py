@@ -14,8 +14,7 @@ from model.philox import philox_4x32
 from model.points import Points, full_lattice
 from model.spectrum import NoiseSpectrum
 
-WHITE = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.0)
-FLOORED = NoiseSpectrum(top_level=8, coarse_level=5, floor=0.005)
+WHITE = NoiseSpectrum(top_level=8)
 FULL = 0xFFFFFFFF
 
 
@@ -45,21 +44,19 @@ def test_philox_gives_the_published_answers(counter, key, expected) -> None:  # 
     st.integers(-300, 300),
     st.integers(1, 70),
     st.integers(1, 70),
-    st.sampled_from([WHITE, FLOORED]),
 )
 def test_a_window_is_the_crop_of_the_whole(
-    level: int, y: int, x: int, height: int, width: int, spectrum: NoiseSpectrum
+    level: int, y: int, x: int, height: int, width: int
 ) -> None:
-    tree = NoiseTree(spectrum, channels=2)
+    tree = NoiseTree(WHITE, channels=2)
     window = Box(level, y, x, height, width)
     whole = window.grow(37)
     ys, xs = window.slices_in(whole)
     assert torch.equal(tree.box(7, window), tree.box(7, whole)[:, ys, xs])
 
 
-@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
-def test_a_cells_mean_is_the_mean_of_its_leaves(spectrum: NoiseSpectrum) -> None:
-    tree = NoiseTree(spectrum, channels=3)
+def test_a_cells_mean_is_the_mean_of_its_leaves() -> None:
+    tree = NoiseTree(WHITE, channels=3)
     leaves = tree.box(1, Box(0, -128, 256, 256, 512)).double()
     for level in range(1, 8):
         means = torch.nn.functional.avg_pool2d(leaves, 2**level)
@@ -77,37 +74,34 @@ def test_white_leaves_are_independent_standard_normals() -> None:
         assert abs(shifted) < 4 / np.sqrt(leaves.size)
 
 
-@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
-def test_variances_follow_the_formula(spectrum: NoiseSpectrum) -> None:
-    tree = NoiseTree(spectrum, channels=1)
+def test_variances_follow_the_formula() -> None:
+    tree = NoiseTree(WHITE, channels=1)
     fine = None
-    for level in range(spectrum.top_level + 1):
-        side = 2 ** min(spectrum.top_level - level + 3, 9)
+    for level in range(WHITE.top_level + 1):
+        side = 2 ** min(WHITE.top_level - level + 3, 9)
         seeds = torch.arange(40 if side < 64 else 1)
         cells = tree.boxes(seeds, Box(level, 0, 0, side, side)).double()
-        error = 5 * np.sqrt(2 / (cells.numel() / 4 ** (spectrum.top_level - level)))
-        if spectrum.floor == 0:  # white cells are independent at every level
-            error = 5 * np.sqrt(2 / cells.numel())
-        assert abs(cells.square().mean() / spectrum.mean_variance(level) - 1) < error
+        error = 5 * np.sqrt(2 / cells.numel())
+        assert WHITE.mean_variance(level) == 4.0**-level
+        assert abs(cells.square().mean() / WHITE.mean_variance(level) - 1) < error
         if level:
             assert fine is not None
             details = fine[:, :, :side, :side] - torch.nn.functional.avg_pool2d(
                 fine[:, :, :side, :side], 2
             ).repeat_interleave(2, 2).repeat_interleave(2, 3)
             error = 5 * np.sqrt(2 / (0.75 * details.numel()))
-            assert abs(details.square().mean() / spectrum.detail_variance(level - 1) - 1) < error
+            assert abs(details.square().mean() / WHITE.detail_variance(level - 1) - 1) < error
         fine = cells
-    assert spectrum.mean_variance(0) == pytest.approx(1.0)
 
 
 def test_fields_of_a_batch_are_those_of_its_seeds() -> None:
-    tree = NoiseTree(FLOORED, channels=3)
+    tree = NoiseTree(WHITE, channels=3)
     seeds = torch.tensor([5, 2**40 + 5, 5])
     batch = tree.boxes(seeds, Box(2, 3, 4, 9, 11))
     for seed, field in zip(seeds.tolist(), batch, strict=True):
         assert torch.equal(field, tree.box(seed, Box(2, 3, 4, 9, 11)))
     assert not torch.equal(batch[0], batch[1])
-    other = NoiseTree(FLOORED, channels=3, stream=1).box(5, Box(2, 3, 4, 9, 11))
+    other = NoiseTree(WHITE, channels=3, stream=1).box(5, Box(2, 3, 4, 9, 11))
     assert not torch.equal(batch[0], other)
 
 
@@ -128,12 +122,9 @@ def test_a_box_above_the_tree_is_refused() -> None:
     st.integers(-300, 300),
     st.integers(-300, 300),
     st.integers(1, 40),
-    st.sampled_from([WHITE, FLOORED]),
 )
-def test_sparse_cells_are_those_of_the_box(
-    level: int, y: int, x: int, count: int, spectrum: NoiseSpectrum
-) -> None:
-    tree, seeds = NoiseTree(spectrum, channels=2), torch.tensor([7, 2**40 + 3])
+def test_sparse_cells_are_those_of_the_box(level: int, y: int, x: int, count: int) -> None:
+    tree, seeds = NoiseTree(WHITE, channels=2), torch.tensor([7, 2**40 + 3])
     box = Box(level, y, x, 23, 19)
     generator = torch.Generator().manual_seed(count)
     image, rows, columns = (
@@ -143,11 +134,8 @@ def test_sparse_cells_are_those_of_the_box(
     assert torch.equal(found, tree.boxes(seeds, box)[image, :, rows, columns])
 
 
-@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
-def test_points_of_mixed_levels_are_the_exact_means_of_their_fields(
-    spectrum: NoiseSpectrum,
-) -> None:
-    tree, seeds = NoiseTree(spectrum, channels=3), torch.tensor([1, 2])
+def test_points_of_mixed_levels_are_the_exact_means_of_their_fields() -> None:
+    tree, seeds = NoiseTree(WHITE, channels=3), torch.tensor([1, 2])
     sizes, generator = ((300, 500), (64, 1000)), torch.Generator().manual_seed(0)
     parts = [full_lattice(*size, level=level) for size in sizes for level in (0, 2, 5, 6, 8)]
     image = torch.cat([p.image + i // 5 for i, p in enumerate(parts)])
@@ -183,14 +171,13 @@ def test_sparse_points_far_out_and_mistakes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("spectrum", [WHITE, FLOORED])
-def test_a_gpu_has_the_same_integers_and_normals(spectrum: NoiseSpectrum) -> None:
+def test_a_gpu_has_the_same_integers_and_normals() -> None:
     words = tuple(torch.randint(2**32, (4, 10_000), generator=torch.Generator().manual_seed(0)))
     key = (words[0].flip(0), words[1].flip(0))
     there = philox_4x32(tuple(w.cuda() for w in words), (key[0].cuda(), key[1].cuda()))
     for word, other in zip(philox_4x32(words, key), there, strict=True):
         assert torch.equal(word, other.cpu())
-    tree, seeds, box = NoiseTree(spectrum, 3), torch.tensor([5, 6]), Box(0, -7, 90, 300, 200)
+    tree, seeds, box = NoiseTree(WHITE, 3), torch.tensor([5, 6]), Box(0, -7, 90, 300, 200)
     here, there_ = tree.boxes(seeds, box), tree.boxes(seeds.cuda(), box).cpu()
     torch.testing.assert_close(here, there_, atol=1e-6, rtol=0)
     points = full_lattice(100, 70, batch=2)

@@ -35,6 +35,7 @@ from model.sparse.denoiser import Means, SparseOperatorDenoiser
 from model.sparse.objective import SparseObjective
 from model.sparse.painter import SparsePainter, Subset, keyed_subset
 from model.sparse.support import TileSupport
+from model.spectrum import NoiseSpectrum
 
 HEIGHT, WIDTH = 16, 24
 SIGNAL = (0.05, 0.1, 0.2, 0.2, 0.2, 0.25)
@@ -99,7 +100,7 @@ CLOSE = {"atol": 1e-10, "rtol": 1e-10}
 def network(config: SparseConfig, seed: int = 0) -> SparseOperatorDenoiser:
     """A float64 denoiser whose zero-initialised layers have been given weights."""
     torch.manual_seed(seed)
-    net = SparseOperatorDenoiser(config, config.octaves(SIGNAL, (), 0.005)).double()
+    net = SparseOperatorDenoiser(config, config.octaves(SIGNAL, ())).double()
     for parameter in net.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -183,11 +184,11 @@ def test_paper_is_what_was_published() -> None:
     assert not config.means and config.feature_dropout == 0.0
     assert config.unet_dropout == 0.1
     with torch.device("meta"):
-        net = SparseOperatorDenoiser(config, config.octaves((0.1,) * 13, (), 0.005))
+        net = SparseOperatorDenoiser(config, config.octaves((0.1,) * 13, ()))
     assert len(net.down) == len(net.up) == 3
     count = sum(p.numel() for p in net.parameters())
     assert abs(count / 450e6 - 1) < 0.05, count
-    assert net.octaves.noise.floor == 0.0
+    assert net.octaves.noise == NoiseSpectrum(12, 1.0)
 
 
 @EVERY
@@ -789,7 +790,7 @@ def test_a_backend_that_cannot_run_says_so(backend: str, sentence: str) -> None:
         pytest.skip("torchsparse is installed")
     if backend == "triton" and triton_kernels.INTERPRETED:
         pytest.skip("Triton's interpreter is on")
-    octaves = PUBLISHED.octaves(SIGNAL, (), 0.0)
+    octaves = PUBLISHED.octaves(SIGNAL, ())
     net = SparseOperatorDenoiser(PUBLISHED, octaves, backend).double()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=sentence):
         evaluate(net, scattered(20), normal(20, 2))

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from jobs.painting import paint, painting_seconds
+from jobs.painting import paint, painting_seconds, work_of
 from jobs.run import Run
 from jobs.sample.options import Sample
 from jobs.sample.plan import Plan, make_plan
 from jobs.subject import Subject
-from model.family import Denoiser, make_painter
+from model.family import Denoiser, generated_level, make_passes, mollifier_of
 from model.generate import ArrayField
 from model.lattice import at_level
 from pipeline import console
@@ -39,10 +40,13 @@ def sample(options: Sample) -> int:
     plan = make_plan(options)
     recipe, channels = plan.recipe, len(plan.config.packs.bands)
     fields = 4 if recipe.make_solver().remembers else 2
-    work_bytes = 4 * fields * channels * recipe.height * recipe.width
+    finer = max(recipe.level - generated_level(plan.config.denoiser, recipe.level), 0)
+    work_bytes = 4 * fields * channels * recipe.height * recipe.width << 2 * finer
     console.say_plan(
         f"sample: {len(plan.subjects)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
-        f"{options.scale:g}, {recipe.steps} steps of {recipe.solver}"
+        f"{options.scale:g}, "
+        + ("" if recipe.steps is None else f"{recipe.steps} steps of ")
+        + recipe.solver
         + ("" if recipe.eta is None else f" with eta {recipe.eta:g}")
         + f", guidance {recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
         + ("" if recipe.overlap is None else f", windows overlapping by {recipe.overlap:g}")
@@ -133,24 +137,29 @@ def _paint(
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(options.out / f"{name}.zarr", ignore_errors=True)
         console.write_json_atomic(begun, identity)
-    painter = make_painter(
+    passes = make_passes(
         denoiser,
         subject.condition().to(plan.device),
         guidance=options.guidance,
         tile=plan.tile,
         level=recipe.level,
+        steps=recipe.steps,
         overlap=recipe.overlap,
         sampling=plan.config.packs.sampling(),
     )
-    cells = recipe.height * recipe.width
-    with console.counter(total=cells * recipe.steps, desc=f"sample {name}") as count:
+    total = sum(work_of(trajectory, recipe) for trajectory in passes)
+    with (
+        console.counter(total=total, desc=f"sample {name}") as count,
+        torch.autocast(plan.device.type, torch.bfloat16, recipe.bf16),
+    ):
         field = paint(
-            denoiser,
-            painter,
+            passes,
             recipe,
-            work,
-            lambda step, n: count(step * cells, n),
-            plan.given.constraint if plan.given else None,
+            channels=denoiser.config.channels,
+            mollifier_sigma_px=mollifier_of(denoiser),
+            work=work,
+            report=count,
+            edit=plan.given.edit if plan.given else None,
         )
     painted = time.monotonic()
     attributes = {**subject.place(2.0**recipe.level), "gigabrush": identity}

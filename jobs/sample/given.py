@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jobs.run import RunConfig
 from jobs.sample.options import Sample
-from model.editing import AreaMeans, Constraint, Known
+from model.editing import Edit, Known, KnownPixels, LowImage
 from model.generate import padded
 from model.lattice import Box, at_level
 from model.sparse.config import SparseConfig
@@ -96,9 +96,16 @@ class Given:
         )
 
     @cached_property
-    def constraint(self) -> Constraint:
+    def edit(self) -> Edit:
         values = Standardised(self.image, self.statistics)
-        return AreaMeans(values, self.down) if self.mask is None else Known(values, self.mask)
+        if self.mask is None:
+            return LowImage(values, self.level + self.down)
+        return KnownPixels(Known(values, self.mask), self.level)
+
+    @property
+    def cell(self) -> int:
+        """Tiles are multiples of this many pixels."""
+        return 1 << self.down
 
     def identity(self) -> dict[str, Any]:
         """What names it in the record of a painting."""

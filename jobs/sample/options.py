@@ -49,21 +49,24 @@ class Sample:
     """Class that the images are to be of, by its name; by default that of their region, if it has
     one."""
     scale: float = 1.0
-    """Resolution of the painted image over the training's: 1, 0.5, 0.25 or 0.125; of runs whose
-    noise is mollified (presets paper, infinity-diff) 1, 2 or 4."""
-    steps: int = 20
-    """Evaluations of the denoiser; guidance evaluates twice in each. Both papers took 50."""
+    """Resolution of the image over the training's: 1, 0.5, 0.25 or 0.125, exact area means of the
+    whole image; of runs whose noise is mollified (presets paper, infinity-diff) 1, 2 or 4."""
+    steps: int | None = None
+    """Evaluations of the denoiser; guidance evaluates twice in each. By default each block of a
+    cascade has its own number, and other denoisers take 20; both papers took 50."""
     seed: int = 0
     """Another seed paints another image after the same condition."""
-    guidance: float = 1.5
-    """Classifier-free guidance; 1 is the condition alone, and twice as fast. Patch diffusion was
-    published with 3."""
+    guidance: float = 1.0
+    """Classifier-free guidance, in blocks that read the condition; 1 is the condition alone, and
+    twice as fast. Patch diffusion was published with 3."""
     solver: Literal["dpm++2m", "ddim", "ancestral"] = "dpm++2m"
     """How a step is taken: of second order, of first, or with fresh noise (which wants 100
     steps)."""
     eta: float | None = None
     """With --solver ddim: how much fresh noise a step adds, from 0 (none, the default) to 1
     (ancestral)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of layers; auto is bf16 for cascades, where the device multiplies in it."""
     tile: str = "auto"
     """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
     overlap: float | None = None

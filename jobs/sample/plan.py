@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from conditioning.encoders import choose_device
+from jobs.engine import multiplies_in_bf16
 from jobs.painting import Recipe
 from jobs.run import Run, RunConfig
 from jobs.sample.given import Given, find_given
 from jobs.sample.options import Sample
 from jobs.subject import RegionSubject, Subject, regions_for, subjects_without_condition
+from model.cascade.config import CascadeConfig
 from model.config import DenoiserConfig
 from model.lattice import at_level
 from model.solver import make_solver
@@ -57,8 +59,9 @@ def make_plan(options: Sample) -> Plan:
         level,
         overlap,
         options.eta or None,
+        _bf16(options.precision, device, config.denoiser),
     )
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
     tile = _tile(options.tile, device, config.denoiser, level, given)
     return Plan(config, tuple(subjects), recipe, size_px, tile, device, given)
@@ -140,10 +143,17 @@ def _share(text: str, subjects: Sequence[Subject]) -> Sequence[Subject]:
     return subjects[int(number) - 1 :: int(shares)]
 
 
+def _bf16(precision: str, device: torch.device, denoiser: DenoiserConfig) -> bool:
+    """Whether layers compute in bfloat16."""
+    if precision == "auto":
+        return isinstance(denoiser, CascadeConfig) and multiplies_in_bf16(device)
+    return precision == "bf16"
+
+
 def _tile(
     text: str, device: torch.device, denoiser: DenoiserConfig, level: int, given: Given | None
 ) -> int:
-    cell = given.constraint.cell if given else 1
+    cell = given.cell if given else 1
     if text == "auto":
         suits = denoiser.tile_px(device.type == "cuda")
         return max(suits, at_level(denoiser.cell_px, level), cell)

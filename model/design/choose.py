@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import fields
 
+from model.design.cascade import CascadeDesign
+from model.design.patch import PatchDesign
 from model.design.points import MixedDesign, SobolDesign, UniformDesign
 from model.design.protocol import Design
-from model.design.windows import PatchDesign, ZoomDesign
 
 DESIGNS: dict[str, Callable[..., Design]] = {
-    "zoom": ZoomDesign,
+    "cascade": CascadeDesign,
     "uniform": UniformDesign,
     "mixed": MixedDesign,
     "sobol": SobolDesign,
@@ -20,9 +21,8 @@ def make_design(
     name: str,
     *,
     points: int,
-    coarse_level: int,
+    coarse_level: int | None = None,
     window: int | None = None,
-    halo: int | None = None,
     lattice: bool = False,
     uniform_part: float | None = None,
 ) -> Design:
@@ -32,8 +32,8 @@ def make_design(
     if points < 1:
         raise ValueError(f"--points takes a positive number, not {points}")
     options = {
+        "coarse_level": coarse_level,
         "window": window,
-        "halo": halo,
         "lattice": lattice or None,
         "uniform_part": uniform_part,
     }
@@ -46,4 +46,4 @@ def make_design(
                 f"the cells of --design {name} do not depend on --{option.replace('_', '-')}; "
                 "leave it out"
             )
-    return kind(points=points, coarse_level=coarse_level, **given)
+    return kind(points=points, **given)

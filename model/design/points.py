@@ -26,7 +26,6 @@ from jaxtyping import Int64
 
 from model.design.permutation import Permutation
 from model.design.protocol import Extent, PointDesign
-from model.design.windows import nested_windows
 
 PIXELS_STREAM, WINDOWS_STREAM = 0, 1
 
@@ -213,7 +212,7 @@ class MixedDesign(_Points):
         seed = np.random.SeedSequence((*key, WINDOWS_STREAM))
         random = np.random.Generator(np.random.Philox(seed))
         stacks = self._stacks(self.num_cells(image))
-        origins = nested_windows(image, stacks, self.coarse_level, self.window, 0, random)
+        origins = nested_windows(image, stacks, self.coarse_level, self.window, random)
         offsets = np.arange(self.window)
         parts = []
         for level in range(self.coarse_level):
@@ -258,3 +257,30 @@ def _contains(ordered: Int64[np.ndarray, " m"], values: Int64[np.ndarray, " n"])
     """Which values are among those in ascending order."""
     place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
     return np.asarray(ordered[place] == values)
+
+
+def nested_windows(
+    image: Extent,
+    chains: int,
+    levels: int,
+    window: int,
+    random: np.random.Generator,
+) -> Int64[np.ndarray, "chains levels 2"]:
+    """First cells of windows around random places, each inside its parent but for one cell.
+
+    They are placed from the pixel upwards. The level-0 window takes every position that touches
+    the image with equal probability, so every pixel is drawn equally often, and each coarser
+    window is placed uniformly among those that hold its child.
+    """
+    origins = np.empty((chains, levels, 2), dtype=np.int64)
+    half = window // 2
+    for axis, extent in enumerate((image.height_px, image.width_px)):
+        child = random.integers(1 - half, -(-extent // 2), size=chains)
+        origins[:, 0, axis] = 2 * child
+        for level in range(1, levels):
+            low = child + half + 1 - window
+            high = child - 1
+            first_even = -(-low // 2)
+            child = random.integers(first_even, high // 2 + 1, size=chains)
+            origins[:, level, axis] = 2 * child
+    return origins

@@ -1,12 +1,10 @@
-"""What a design is: the two ways of drawing behind one protocol."""
+"""What a design is: one protocol for all that packing and training ask of it."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int64
-
-from model.lattice import Box
 
 
 @dataclass(frozen=True)
@@ -72,35 +70,6 @@ class Design(Protocol):
 
 
 @runtime_checkable
-class WindowDesign(Design, Protocol):
-    """A design of chains of square windows, one window a level, level 0 (pixels) first.
-
-    window: side of a window in cells; halo: cells at its rim that are not scored.
-    """
-
-    @property
-    def window(self) -> int: ...
-
-    @property
-    def halo(self) -> int: ...
-
-    def shape(self, image: Extent) -> tuple[int, int]:
-        """(chains, levels) of a draw."""
-        ...
-
-    def draw(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "chains levels 2"]:
-        """First cells (y, x) of the windows, in cells of their level; [:, l] is level l.
-
-        key: non-negative integers (seed, region, pack) that name this draw.
-        """
-        ...
-
-    def view(self, origins: Int64[np.ndarray, "chains levels 2"]) -> Box | None:
-        """The pixels whose tokens condition a draw; None for all of the image."""
-        ...
-
-
-@runtime_checkable
 class PointDesign(Design, Protocol):
     """A design of single cells, no two alike."""
 
@@ -113,6 +82,6 @@ class PointDesign(Design, Protocol):
     def cells(self, image: Extent, key: tuple[int, ...]) -> Int64[np.ndarray, "n 3"]:
         """(level, y, x), y and x in cells of that level.
 
-        key: as in `WindowDesign.draw`.
+        key: non-negative integers (seed, region, pack) that name this draw.
         """
         ...

@@ -197,13 +197,9 @@ class SparseConfig:
                 f"{design.coarse_level}; pack again"
             )
 
-    def octaves(
-        self, signal: tuple[float, ...], residual: tuple[float, ...], noise_floor: float
-    ) -> Octaves:
+    def octaves(self, signal: tuple[float, ...], residual: tuple[float, ...]) -> Octaves:
         """The process in every octave of a region, from the variances measured on it."""
-        sigma_px = self.mollifier_sigma_px
-        floor = 0.0 if sigma_px else noise_floor
-        noise = NoiseSpectrum(len(signal) - 1, self.coarse_level, floor, sigma_px)
+        noise = NoiseSpectrum(len(signal) - 1, self.mollifier_sigma_px)
         return Octaves(signal, (), noise)
 
 

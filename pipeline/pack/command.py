@@ -21,7 +21,6 @@ from pipeline.packfile import (
     INDEX_NAME,
     PLAN_NAME,
     PackSettings,
-    tuples_from_json,
 )
 from pipeline.store import Store
 
@@ -65,7 +64,7 @@ def _claim(out: Path, settings: PackSettings) -> None:
     recorded = out / PLAN_NAME
     wanted = json.loads(json.dumps(asdict(settings)))
     if recorded.is_file():
-        there = asdict(PackSettings(**tuples_from_json(json.loads(recorded.read_text()))))
+        there = asdict(PackSettings.from_json(json.loads(recorded.read_text()), str(out)))
         there = json.loads(json.dumps(there))
         for name, value in wanted.items():
             if there.get(name) != value and name != "store":

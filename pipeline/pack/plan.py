@@ -7,10 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from model.design import Design, Extent, make_design
+from model.design import CascadeDesign, Design, Extent, make_design
 from pipeline.packfile import (
     PackSettings,
     extent_of,
+    window_layouts,
 )
 from pipeline.store import Region, Store
 
@@ -41,25 +42,24 @@ class Pack:
     """Draws of each region, or auto: enough to score every pixel once, within --size-gb."""
     size_gb: float = 4.0
     """Most that auto may write, in GB."""
-    design: str = "zoom"
-    """Which cells are drawn. zoom: the coarse lattice and chains of nested windows. uniform:
-    random pixels, disjoint from draw to draw until a region is used up. mixed: half random pixels,
+    design: str = "cascade"
+    """Which cells are drawn. cascade: the top lattice (cells of 256 px) and windows of every block
+    of octaves. uniform: random pixels, disjoint from draw to draw until a region is used up. mixed: half random pixels,
     half stacks of nested windows. sobol: pixels under a scrambled Sobol sequence. patch (for
     --preset patch of jobs.train): one embedded tile of pixels a draw."""
     window: int | None = None
-    """Side of a window in cells; by default 48 for zoom, 32 for mixed and 256 for patch."""
-    halo: int | None = None
-    """Cells at a window's rim that are not scored; for zoom at least the denoiser's halo, 6."""
+    """Side of a window in cells; by default 32 for mixed and 256 for patch."""
     lattice: bool = False
-    """Let uniform, mixed or sobol draws hold the coarse lattice too, within --points; zoom always
-    does."""
+    """Let uniform, mixed or sobol draws hold the coarse lattice too, within --points; cascade
+    always does."""
     uniform_part: float | None = None
     """Least part of a mixed draw that is random pixels; 0.5 by default."""
     mollifier: float = 0.0
     """Smooth the pixels before the draw by a Gaussian of this many px; 0 does not, the papers'
     is 1."""
-    coarse_level: int = 5
-    """Level of the coarse lattice: cells of 2^level pixels."""
+    coarse_level: int | None = None
+    """Level of the coarse lattice, cells of 2^level pixels; by default 8 for cascade, 5
+    otherwise."""
     seed: int = 0
     """Another seed draws other cells."""
     dry_run: bool = False
@@ -84,7 +84,7 @@ class Plan:
 
 def make_plan(options: Pack) -> Plan:
     """Resolve the options against the store."""
-    if not 1 <= options.coarse_level <= 8:
+    if options.coarse_level is not None and not 1 <= options.coarse_level <= 8:
         raise ValueError(
             f"--coarse-level takes a level from 1 to 8 (cells of 2 to 256 px), not "
             f"{options.coarse_level}"
@@ -99,7 +99,6 @@ def make_plan(options: Pack) -> Plan:
         points=options.points,
         coarse_level=options.coarse_level,
         window=options.window,
-        halo=options.halo,
         lattice=options.lattice,
         uniform_part=options.uniform_part,
     )
@@ -108,10 +107,10 @@ def make_plan(options: Pack) -> Plan:
     if not regions:
         raise ValueError(f"{options.store} has no regions; ingest it with a smaller --region")
     side = store.spec.region
-    if side % (1 << options.coarse_level):
+    if side % (1 << design.coarse_level):
         raise ValueError(
             f"regions of {side} px do not divide into coarse cells of "
-            f"{1 << options.coarse_level} px; "
+            f"{1 << design.coarse_level} px; "
             "ingest with a --region that does"
         )
     extent = Extent(side, side)
@@ -125,6 +124,9 @@ def make_plan(options: Pack) -> Plan:
         )
     channels = len(store.spec.bands)
     pack_bytes = 2 * channels * cells
+    if isinstance(design, CascadeDesign):
+        last = window_layouts(design, extent, channels)[-1]
+        pack_bytes = last.start + last.number * last.window_bytes
     lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
     fixed_bytes = 2 * token_values + lattice_bytes + 4096
     wanted = design.draws_to_cover(extent)
@@ -139,9 +141,8 @@ def make_plan(options: Pack) -> Plan:
         lattices=lattices,
         design=options.design,
         points=options.points,
-        coarse_level=options.coarse_level,
+        coarse_level=design.coarse_level,
         window=chosen.get("window"),
-        halo=chosen.get("halo"),
         packs_per_region=packs,
         seed=options.seed,
         side_px=side,

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from model.design import CascadeDesign, PatchDesign, PointDesign
 from pipeline import console
-from pipeline.draws import Energy, Moments, RegionLevels, mollified
+from pipeline.draws import CascadeLevels, Energy, Moments, RegionLevels, mollified
 from pipeline.pack.plan import Plan
 from pipeline.packfile import (
     INDEX_NAME,
@@ -71,11 +72,18 @@ def _sample(
     valid = np.ones((side, side), bool)
     if store.mask_kind(region.image) == "valid":
         valid = store.mask(region.image, region.y, region.x, side, side)
-    scale, unit = settings.value_scale, 1
-    if settings.mollifier_sigma_px:
-        pixels = mollified(pixels, valid, settings.mollifier_sigma_px, scale)
-        unit = scale
-    levels = RegionLevels.of(pixels, valid, settings.coarse_level, unit)
+    design, scale = settings.make_design(), settings.value_scale
+    levels: RegionLevels | CascadeLevels
+    if isinstance(design, CascadeDesign):
+        levels = CascadeLevels.of(pixels, valid, settings.coarse_level)
+        moments = Moments.of(levels.levels, design.blocks)
+    else:
+        unit = 1
+        if settings.mollifier_sigma_px:
+            pixels = mollified(pixels, valid, settings.mollifier_sigma_px, scale)
+            unit = scale
+        levels = RegionLevels.of(pixels, valid, settings.coarse_level, unit)
+        moments = Moments.of(levels)
     wanted = {footprint for footprint, _, _ in settings.lattices}
     lattices = sorted(
         (t for t in store.region_tokens(settings.encoder_key, region) if t.footprint_px in wanted),
@@ -90,12 +98,17 @@ def _sample(
         "tokens.npy": _npy(tokens),
         "coarse.npy": _npy(coarse),
     }
-    design = settings.make_design()
     extent = extent_of(side, lattices[0].footprint_px, first_px[0], coarse)
     for number in range(settings.packs_per_region):
         key = (settings.seed, region.index, number)
-        sample[_pack_name(number)] = levels.values(design, extent, key, scale).tobytes()
-    return sample, first_px, _measure(levels, tokens)
+        if isinstance(levels, CascadeLevels):
+            assert isinstance(design, CascadeDesign)
+            payload = levels.payload(design, extent, key, scale)
+        else:
+            assert isinstance(design, PointDesign | PatchDesign)
+            payload = levels.payload(design, extent, key, scale)
+        sample[_pack_name(number)] = payload
+    return sample, first_px, _measure(moments, tokens)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -104,9 +117,8 @@ def _npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _measure(levels: RegionLevels, tokens: np.ndarray) -> dict[str, Any]:
+def _measure(moments: Moments, tokens: np.ndarray) -> dict[str, Any]:
     """A region's moments, and its tokens' (count, sum, sum of squares), as JSON."""
-    moments = Moments.of(levels)
     values = tokens.astype(np.float64)
     return {
         "pixels": _to_json(moments.pixels),

@@ -14,6 +14,7 @@ from model.design import Extent, UniformDesign
 from model.lattice import Box
 from model.mollify import MollifiedNoise
 from model.noise import Noise, NoiseTree
+from model.noise_band import BandNoise
 from model.points import Points
 from model.spectrum import NoiseSpectrum
 
@@ -28,7 +29,7 @@ def test_noise_in_windows_is_flat_in_the_side_of_the_image() -> None:
     """Windows of 48 x 48 cells at random places: only the depth of the tree grows."""
     rows, first = [], None
     for side in (1024, 4096, 32_768):
-        tree = NoiseTree(NoiseSpectrum(int(np.log2(side)), 5, 0.005), channels=3)
+        tree = NoiseTree(NoiseSpectrum(int(np.log2(side))), channels=3)
         corners = np.random.default_rng(0).integers(side, size=(28, 2)).tolist()
 
         def work(tree: NoiseTree = tree, corners: list[list[int]] = corners) -> None:
@@ -47,9 +48,9 @@ def test_noise_at_scattered_cells_grows_with_the_depth_of_the_tree_alone() -> No
 
     def kinds(side: int) -> dict[str, Noise]:
         top = side.bit_length() - 1
-        white = NoiseTree(NoiseSpectrum(top, 5, 0.0), channels=3)
-        floored = NoiseTree(NoiseSpectrum(top, 5, 0.005), channels=3)
-        return {"white": white, "floored": floored, "mollified": MollifiedNoise(white, 1.0)}
+        white = NoiseTree(NoiseSpectrum(top), channels=3)
+        band, mollified = BandNoise(white, parents=2), MollifiedNoise(white, 1.0)
+        return {"white": white, "band": band, "mollified": mollified}
 
     seed, fields = torch.tensor([0]), {side: kinds(side) for side in SIDES}
     points = {side: scattered(side) for side in SIDES}
@@ -59,7 +60,7 @@ def test_noise_at_scattered_cells_grows_with_the_depth_of_the_tree_alone() -> No
         for name, noise in fields[side].items()
     }
     least = interleaved(works, 2)
-    for name in ("white", "floored", "mollified"):
+    for name in ("white", "band", "mollified"):
         dense, rows = {}, []
         for side in SIDES[:2]:
             box = Box(0, 0, 0, side, side)

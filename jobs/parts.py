@@ -1,0 +1,166 @@
+"""Training one part of a denoiser: a block of a cascade, or a denoiser of one piece.
+
+Parts share no parameters. Each has its own objective, optimizer, batches, learning rate and clock,
+so that whoever trains it, when and beside what, makes no difference to what it becomes.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.data import Batch, Batches
+from jobs.engine import Ranks
+from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
+from model.family import Objective
+
+HELD_OUT_PART = 0.03
+"""Of the training time, for measuring the held-out error."""
+HELD_OUT_WINDOWS = 16
+LAST_RATE = 0.05
+"""Of the peak learning rate, at the end."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How long a part is trained: so many steps, and at most so many seconds."""
+
+    steps: int
+    seconds: float = math.inf
+
+    def progress(self, steps: int, seconds: float) -> float:
+        """From 0 to 1 (or beyond), by whichever is nearer to its end."""
+        if self.steps == 0:
+            return 1.0
+        return max(steps / self.steps, seconds / self.seconds)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Learning rate: a linear rise over `warmup` steps, then a cosine to a twentieth of `peak`."""
+
+    peak: float
+    warmup: int
+
+    def at(self, step: int, progress: float) -> float:
+        rise = min(step / max(self.warmup, 1), 1.0)
+        fall = (1 + LAST_RATE + (1 - LAST_RATE) * math.cos(math.pi * min(progress, 1.0))) / 2
+        return self.peak * rise * fall
+
+
+class Part:
+    """One part of a denoiser in training.
+
+    ema: averaged weights, shared with the run, by the names of the denoiser's parameters.
+    held_out: the batch on which its error is measured, and the split that it is of; None for
+    kinds that have no such measure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        objective: Objective,
+        engine: Any,
+        batches: Batches,
+        goal: Goal,
+        rate: Rate,
+        ema_decay: float,
+        ema: dict[str, Tensor],
+        ranks: Ranks,
+        bf16: bool,
+        held_out: tuple[Batch, str] | None,
+    ) -> None:
+        self.name, self.objective, self.engine, self.goal = name, objective, engine, goal
+        self.batches, self.rate, self.ranks, self.bf16 = batches, rate, ranks, bf16
+        self.ema_decay, self.held_out_batch = ema_decay, held_out
+        self.step, self.seconds, self.held_out_seconds = 0, 0.0, 0.0
+        self.held_out_error: float | None = None
+        self._source: Iterator[Batch] | None = None
+        self._averaged = list(ema.values())
+        self._weights = list(objective.parameters())
+        assert len(self._averaged) == len(self._weights)
+
+    @property
+    def progress(self) -> float:
+        return self.goal.progress(self.step, self.seconds)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress >= 1.0
+
+    @property
+    def learning_rate(self) -> float:
+        return self.rate.at(self.step, self.progress)
+
+    def train(
+        self, steps: int, agree: Callable[[float], tuple[float, bool]]
+    ) -> tuple[Tensor, float]:
+        """Up to so many steps, fewer where the goal is reached or `agree` says stop; returns the
+        losses of the last one and the learning rate.
+
+        agree: given this rank's clock, the clock of all and whether to stop.
+        """
+        losses = torch.zeros(1)
+        for _ in range(steps):
+            started = time.perf_counter()
+            if self._source is None:
+                source = self.batches.iterate(self.step, self.ranks.rank, self.ranks.world)
+                self._source = source
+            batch = next(self._source).to(self.ranks.device)
+            self.step += 1
+            losses = self._step(batch)
+            self.seconds, stop = agree(self.seconds + time.perf_counter() - started)
+            if stop or self.finished:
+                break
+        return losses, self.learning_rate
+
+    def _step(self, batch: Batch) -> Tensor:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, self.bf16):
+            losses = self.engine(batch.draw, batch.condition, batch.seeds, batch.uniform)
+        self.engine.backward(losses.mean())
+        self.engine.step()
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            weights = [weight.float() for weight in self._weights]
+            torch._foreach_lerp_(self._averaged, weights, 1 - decay)
+        return losses.detach()
+
+    def held_out_due(self) -> bool:
+        """Whether another measurement of the held-out error stays within its part of the time."""
+        if self.held_out_batch is None:
+            return False
+        return self.finished or self.held_out_seconds <= HELD_OUT_PART * self.seconds / 2
+
+    def held_out(self) -> dict[str, Any]:
+        """The averaged weights' error of F on held-out windows: rows by log-SNR, columns by level,
+        fine to coarse.
+        """
+        assert self.held_out_batch is not None and isinstance(self.objective, BlockObjective)
+        started = time.perf_counter()
+        batch, split = self.held_out_batch
+        with torch.no_grad():
+            kept = [weight.clone() for weight in self._weights]
+            torch._foreach_copy_(self._weights, self._averaged)
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, self.bf16):
+                errors = self.objective.held_out(batch.draw, batch.condition, batch.seeds)
+            torch._foreach_copy_(self._weights, kept)
+        self.held_out_seconds += time.perf_counter() - started
+        self.held_out_error = float(errors.mean())
+        return {
+            "split": split,
+            "log_snrs": list(HELD_OUT_LOG_SNRS),
+            "levels": list(self.objective.levels),
+            "held_out": [[round(float(value), 4) for value in row] for row in errors],
+        }
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        if self._source is not None:
+            self._source.close()  # type: ignore[attr-defined]
+            self._source = None

@@ -1,0 +1,365 @@
+"""The training loop: chunks of steps of whichever part is furthest behind, logs, checkpoints.
+
+A denoiser has one part or several (`model.family.make_objectives`). Several are trained side by
+side on a CPU, each by a thread with its own cores (a *lane*): small convolutions gain little from
+a second core, two blocks gain all of it. On a GPU, or over several ranks, they take turns. Since
+parts are independent and their batches are functions of (seed, part, step), neither changes what
+any of them becomes.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.data import Batch, Batches
+from jobs.engine import Ranks, build, multiplies_in_bf16
+from jobs.optimizer import OptimizerName
+from jobs.parts import HELD_OUT_WINDOWS, Goal, Part, Rate
+from jobs.preview import write_preview
+from jobs.record import HEARTBEAT_S, RunState
+from jobs.run import Run, SupersededError
+from model.cascade.denoiser import CascadeDenoiser
+from model.family import WHOLE, Denoiser, Objective, make_objectives
+from pipeline import console
+from pipeline.packfile import PackSet
+
+PERMILLE = 1000
+
+
+@dataclass(frozen=True)
+class Training:
+    """The options of `jobs.train` that decide what the loop does with a batch."""
+
+    blocks: tuple[str, ...]
+    batch: int
+    optimizer: OptimizerName
+    learning_rate: float
+    warmup: int
+    ema: float
+    condition_dropout: float
+    augment: bool
+    zero: int
+    precision: str
+
+
+def num_lanes(ranks: Ranks, training: Training) -> int:
+    """How many parts are trained at once."""
+    if ranks.world > 1 or ranks.device.type != "cpu":
+        return 1
+    return min(len(training.blocks), torch.get_num_threads())
+
+
+def goals_of(
+    shares: Mapping[str, float],
+    blocks: Sequence[str],
+    steps: int,
+    max_minutes: float | None,
+    lanes: int,
+) -> dict[str, Goal]:
+    """How long each part is trained: its share of the steps, and of the time of all lanes."""
+    total = sum(shares[name] for name in blocks)
+    goals, given, until = {}, 0, 0.0
+    for name in blocks:
+        share = shares[name] / total
+        until += share * steps
+        own = round(until) - given
+        given += own
+        limit_s = math.inf if max_minutes is None else 60 * max_minutes * min(share * lanes, 1.0)
+        goals[name] = Goal(own, limit_s)
+    return goals
+
+
+class Trainer:
+    """A denoiser, its parts and the run that they write."""
+
+    def __init__(
+        self,
+        training: Training,
+        goals: Mapping[str, Goal],
+        seed: int,
+        denoiser: Denoiser,
+        ranks: Ranks,
+        lanes: int,
+        run: Run,
+        packs: PackSet,
+    ) -> None:
+        self.training, self.ranks, self.lanes = training, ranks, lanes
+        self.run, self.packs, self.denoiser = run, packs, denoiser
+        cascade = isinstance(denoiser, CascadeDenoiser)
+        fast = multiplies_in_bf16(ranks.device) and (cascade or ranks.device.type == "cuda")
+        self.bf16 = training.precision == "bf16" or (training.precision == "auto" and fast)
+        objectives = make_objectives(denoiser)
+        numbers = {name: number for number, name in enumerate(objectives)}
+        engines = {
+            name: build(
+                objectives[name],
+                optimizer=training.optimizer,
+                learning_rate=training.learning_rate,
+                batch=training.batch,
+                world=ranks.world,
+                zero=training.zero,
+            )
+            for name in goals
+        }
+        self.ema = {
+            name: parameter.detach().clone().float().to(ranks.device)
+            for name, parameter in denoiser.named_parameters()
+        }
+        self.parts = [
+            self._part(name, objectives[name], engines[name], numbers[name], goal, seed)
+            for name, goal in goals.items()
+        ]
+        self.stopping = self.superseded = False
+        self.beat = time.monotonic()
+
+    def _part(
+        self, name: str, objective: Objective, engine: Any, number: int, goal: Goal, seed: int
+    ) -> Part:
+        training, place = self.training, None if name == WHOLE else number
+        batches = Batches(
+            self.packs,
+            training.batch,
+            seed,
+            training.condition_dropout,
+            training.augment,
+            part=place,
+        )
+        owned = {id(parameter) for parameter in objective.parameters()}
+        ema = {
+            path: self.ema[path]
+            for path, parameter in self.denoiser.named_parameters()
+            if id(parameter) in owned
+        }
+        return Part(
+            name,
+            objective,
+            engine,
+            batches,
+            goal,
+            Rate(training.learning_rate, training.warmup),
+            training.ema,
+            ema,
+            self.ranks,
+            self.bf16,
+            None if place is None or self.ranks.rank else self._held_out(place),
+        )
+
+    def _held_out(self, place: int) -> tuple[Batch, str]:
+        """Windows that were not trained on, where there are any, always the same."""
+        splits = {entry.split for entry in self.packs.regions}
+        split = next(name for name in ("val", "test", "train") if name in splits)
+        batches = Batches(
+            self.packs, HELD_OUT_WINDOWS, 0, 0.0, augment=False, split=split, part=place
+        )
+        return batches.at(0).to(self.ranks.device), split
+
+    @property
+    def step(self) -> int:
+        """Steps of all parts."""
+        return sum(part.step for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """Training time: of all parts, over the lanes that took it."""
+        return sum(part.seconds for part in self.parts) / self.lanes
+
+    def loop(self, before: RunState | None, save_every: int, log_every: int) -> str:
+        """Train on to every part's goal (`done`) or SIGTERM (`preempted`)."""
+        if before is not None and before.checkpoint is not None:
+            self._resume(before)
+        if self.ranks.rank == 0:
+            self.run.forget_metrics_after(self.step)
+        handler = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            with self._threads(), console.counter(total=PERMILLE, desc="train") as count:
+                self._train(save_every, log_every, count)
+        finally:
+            for part in self.parts:
+                part.close()
+            signal.signal(signal.SIGTERM, handler)
+        status = "done" if all(part.finished for part in self.parts) else "preempted"
+        self._save(status)
+        if self.ranks.rank == 0:
+            console.say(f"train: {status} at step {self.step}{self._errors()}; {self.run.path}")
+        return status
+
+    def _train(self, save_every: int, log_every: int, count: Callable[[int, int], None]) -> None:
+        saved = self.step
+        waiting: dict[Future[tuple[Tensor, float]], Part] = {}
+        with ThreadPoolExecutor(max_workers=self.lanes) as pool:
+            while True:
+                saving = self.step - saved >= save_every
+                idle = [p for p in self.parts if not p.finished and p not in waiting.values()]
+                while idle and len(waiting) < self.lanes and not (saving or self.stopping):
+                    part = min(idle, key=lambda p: p.progress)
+                    idle.remove(part)
+                    waiting[self._submit(pool, part, log_every)] = part
+                if not waiting:
+                    if saving and not self.stopping:
+                        self._save("running")
+                        saved = self.step
+                        continue
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    part = waiting.pop(future)
+                    self._log(part, *future.result())
+                    if part.held_out_due():
+                        self._log_held_out(part)
+                self._show_life()
+                count(self._permille(), 0)
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, part: Part, steps: int
+    ) -> "Future[tuple[Tensor, float]]":
+        if self.lanes > 1:
+            return pool.submit(part.train, steps, self._alone)
+        # Ranks must meet in one order, and a GPU's stream is the calling thread's.
+        done: Future[tuple[Tensor, float]] = Future()
+        done.set_result(part.train(steps, self._agree))
+        return done
+
+    def _alone(self, seconds: float) -> tuple[float, bool]:
+        return seconds, self.stopping
+
+    def _permille(self) -> int:
+        """Of the training that is done, by the parts' shares of it."""
+        goals = [min(part.goal.seconds, part.goal.steps) for part in self.parts]
+        done = sum(g * min(p.progress, 1.0) for g, p in zip(goals, self.parts, strict=True))
+        return int(PERMILLE * done / max(sum(goals), 1e-9))
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Cores are divided among the lanes for as long as the block lasts."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(before // self.lanes, 1))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _agree(self, seconds: float = 0.0) -> tuple[float, bool]:
+        """Rank 0's clock, and whether any rank was told to stop: the same on all ranks.
+
+        Raises a `SupersededError` on all of them once rank 0 has seen another owner: a rank that
+        went on alone would wait for the others for ever.
+        """
+        mine = [seconds if self.ranks.rank == 0 else 0.0, self.stopping, self.superseded]
+        if self.ranks.world > 1:
+            shared = torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            mine = shared.tolist()
+        if mine[2]:
+            raise SupersededError(f"another process has taken {self.run.path} over")
+        self.stopping = bool(mine[1])
+        return mine[0], self.stopping
+
+    def _write(self, action: Callable[[], Any]) -> None:
+        """What rank 0 does to the run, unless another process owns it; see `_agree`."""
+        if self.ranks.rank == 0:
+            try:
+                action()
+            except SupersededError:
+                self.superseded = True
+                self.stopping = self.lanes > 1 or self.stopping
+
+    def _show_life(self) -> None:
+        """Renew the heartbeat."""
+        if time.monotonic() - self.beat > HEARTBEAT_S:
+            self.beat = time.monotonic()
+            self._write(self.run.update)
+
+    def _stop(self, *_: Any) -> None:
+        self.stopping = True
+
+    def _log(self, part: Part, losses: Tensor, learning_rate: float) -> None:
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(losses, op=torch.distributed.ReduceOp.SUM)
+            losses = losses / self.ranks.world
+        levels = getattr(part.objective, "levels", range(len(losses)))
+        line = {
+            "step": self.step,
+            "part": part.name,
+            "part_step": part.step,
+            "loss": float(losses.mean()),
+            "levels": list(levels),
+            "level_losses": [round(float(value), 5) for value in losses],
+            "learning_rate": learning_rate,
+            "seconds": round(self.seconds, 2),
+        }
+        scalars = {f"loss/{part.name}": line["loss"]}
+        for level, value in zip(levels, losses, strict=True):
+            scalars[f"loss/{part.name}/level{level}"] = float(value)
+        self._write(lambda: self._append(line, scalars))
+
+    def _log_held_out(self, part: Part) -> None:
+        measured = part.held_out()
+        line = {"step": self.step, "part": part.name, "part_step": part.step, **measured}
+        errors = torch.tensor(measured["held_out"])
+        scalars = {f"held_out/{part.name}": float(errors.mean())}
+        for level, value in zip(measured["levels"], errors.mean(dim=0), strict=True):
+            scalars[f"held_out/{part.name}/level{level}"] = float(value)
+        self._write(lambda: self._append(line, scalars))
+
+    def _append(self, line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        self.run.append_metrics(line)
+        self.run.log_scalars(int(line["step"]), scalars)
+
+    def _errors(self) -> str:
+        """Held-out errors for people."""
+        known = [p for p in self.parts if p.held_out_error is not None]
+        if not known:
+            return ""
+        split = {"val": "validation", "test": "test", "train": "training"}
+        of = split[str(known[0].held_out_batch and known[0].held_out_batch[1])]
+        errors = ", ".join(f"{p.name} {p.held_out_error:.3f}" for p in known)
+        return f"; error of F on {of} regions (1 is the linear estimate): {errors}"
+
+    def _save(self, status: str) -> None:
+        step, folder = self.step, self.run.checkpoint_folder(self.step)
+        self._write(self.run.check_owner)
+        self._agree()
+        for part in self.parts:
+            part.engine.save_checkpoint(str(folder / "deepspeed"), tag=part.name)
+
+        def write() -> None:
+            weights = dict(self.denoiser.named_parameters())
+            self.run.check_owner()
+            self.run.write_weights(step, "weights", weights)
+            self.run.write_weights(step, "ema", self.ema)
+            self.run.update(
+                status=status,
+                step=step,
+                seconds=self.seconds,
+                checkpoint=folder.name,
+                parts={part.name: [part.step, part.seconds] for part in self.parts},
+            )
+            self.run.drop_old_checkpoints()
+            write_preview(self.run, self.packs, step, self.ranks.device)
+
+        self._write(write)
+        self._agree()
+
+    def _resume(self, before: RunState) -> None:
+        folder = self.run.own_engine_state(str(before.checkpoint))
+        for part in self.parts:
+            loaded, _ = part.engine.load_checkpoint(str(folder), tag=part.name)
+            if loaded is None:
+                raise ValueError(
+                    f"{folder.parent} has lost its deepspeed folder, so the run cannot go on; "
+                    f"start another --run with --init-from {folder.parent / 'weights.safetensors'}"
+                )
+            steps, seconds = before.parts[part.name]
+            part.step, part.seconds = int(steps), float(seconds)
+        with torch.no_grad():
+            for name, value in self.run.read_weights(before.step, "ema").items():
+                self.ema[name].copy_(value)
+        if self.ranks.rank == 0:
+            console.say(f"train: resuming at step {before.step}")

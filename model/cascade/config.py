@@ -1,0 +1,247 @@
+"""Every choice of a cascade as one field, and its presets.
+
+A cascade is a *top block*, which generates area means over large cells from the condition alone,
+and blocks below it, each of which generates a few octaves of details under the values of its
+parents. The blocks of the presets are named T (256 px and coarser), A (256 to 32 px), B (32 to
+4 px) and C (4 px to the pixel).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from model.design import CascadeDesign, Design, WindowsBelow
+from model.process import Octaves
+from model.spectrum import NoiseSpectrum
+
+TopAttention = Literal["operator", "softmax", "none"]
+
+
+@dataclass(frozen=True)
+class TopConfig:
+    """The top block: all cells of one level of an image at once.
+
+    level: of its cells. width, depth: features and residual blocks of its network. attention: how
+    cells attend to all tokens: by the papers' cross-attention operator, by softmax attention, or
+    not; heads: of either. lookup: whether each cell also looks up the tokens at its place. share:
+    part of the training time. evaluations: of the network when an image is generated.
+    """
+
+    name: str = "T"
+    level: int = 8
+    width: int = 64
+    depth: int = 3
+    heads: int = 4
+    attention: TopAttention = "operator"
+    lookup: bool = True
+    share: float = 0.05
+    evaluations: int = 20
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(TopAttention):
+            raise ValueError(
+                f"attention {self.attention!r} does not exist; choose "
+                f"{', '.join(get_args(TopAttention))}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"a width of {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A block of octaves below the top.
+
+    parents, fine: levels of the cells that are given and of those that are generated. place: side
+    in fine cells of what the network takes as one place. widths, depths: features and residual
+    blocks of its resolutions, fine to coarse; a place of the coarsest is one parent cell. context:
+    features of the network that reads the parents. tokens: whether they are looked up. window:
+    side of a training window in parent cells. share, evaluations: as in `TopConfig`.
+    """
+
+    name: str
+    parents: int
+    fine: int
+    place: int
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    context: int = 64
+    tokens: bool = True
+    window: int = 8
+    share: float = 0.3
+    evaluations: int = 16
+
+    def __post_init__(self) -> None:
+        if self.parents <= self.fine or self.fine < 0:
+            raise ValueError(
+                f"block {self.name} goes from level {self.parents} to {self.fine}, but a block "
+                "goes from coarse cells to finer ones"
+            )
+        if not self.widths or len(self.widths) != len(self.depths):
+            raise ValueError(
+                f"block {self.name} has {len(self.widths)} widths and {len(self.depths)} depths; "
+                "give one of each for every resolution"
+            )
+        coarsest, parent = self.place << (len(self.widths) - 1), 1 << self.octaves
+        if coarsest != parent:
+            raise ValueError(
+                f"block {self.name} has places of {self.place} cells and {len(self.widths)} "
+                f"resolutions, the coarsest of {coarsest} cells, but a parent has {parent}; "
+                "make them equal"
+            )
+
+    @property
+    def octaves(self) -> int:
+        """How many are generated."""
+        return self.parents - self.fine
+
+    @property
+    def halo(self) -> int:
+        """Parent cells at the rim of a tile whose estimate may lack neighbours."""
+        # Two convolutions a residual block; one at the head, and one at the stem of small places.
+        reach = self.place
+        for i, depth in enumerate(self.depths[:-1]):
+            reach += 2 * depth * (self.place << i)
+            coarser = self.place << (i + 1)
+            reach = -(-reach // coarser) * coarser
+        reach += 2 * self.depths[-1] << self.octaves
+        for i, depth in enumerate(self.depths[:-1]):
+            reach += 2 * depth * (self.place << i)
+        return -(-(reach + self.place) // (1 << self.octaves))
+
+
+A = BlockConfig("A", 8, 5, 2, (48, 96, 128), (1, 1, 2), share=0.14)
+B = BlockConfig("B", 5, 2, 2, (48, 96, 128), (1, 1, 2), share=0.46)
+C = BlockConfig(
+    "C", 2, 0, 4, (64,), (3,), context=32, tokens=False, window=32, share=0.35, evaluations=12
+)
+
+
+@dataclass(frozen=True)
+class CascadeConfig:
+    """Sizes and choices of a `denoiser.CascadeDenoiser`.
+
+    channels: bands of the image. token_dim: width of the condition's embeddings. classes: how many
+    labels an image may have. vector_dim: width of a global vector that conditions, 0 for none.
+    top, blocks: coarse to fine; each block's parents are what the one before it generates.
+    margin: parents around a window or tile that its network sees. token_width, embedding_width: of
+    encoded tokens and of a noise level. parents_noise: largest deviation of the noise that is
+    added to parents in training, so that generated ones are no shock. log_snr_deviation: of the
+    noise levels that are drawn, around the middle of a block's range.
+    """
+
+    channels: int
+    token_dim: int
+    classes: int = 0
+    vector_dim: int = 0
+    top: TopConfig = TopConfig()
+    blocks: tuple[BlockConfig, ...] = (A, B, C)
+    margin: int = 3
+    token_width: int = 64
+    embedding_width: int = 64
+    parents_noise: float = 0.08
+    log_snr_deviation: float = 2.2
+
+    def __post_init__(self) -> None:
+        level = self.top.level
+        for block in self.blocks:
+            if block.parents != level:
+                raise ValueError(
+                    f"block {block.name} takes parents of level {block.parents}, but the block "
+                    f"before it generates level {level}"
+                )
+            level = block.fine
+        if level != 0:
+            raise ValueError(
+                f"the last block generates level {level}; the last of a cascade ends at 0"
+            )
+        if len({*self.names}) < len(self.names):
+            raise ValueError(f"blocks need different names, not {', '.join(self.names)}")
+
+    @property
+    def sequence(self) -> tuple[TopConfig | BlockConfig, ...]:
+        """All blocks, coarse to fine."""
+        return self.top, *self.blocks
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all blocks, coarse to fine."""
+        return tuple(block.name for block in self.sequence)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Parts of the training time, which add up to 1."""
+        total = sum(block.share for block in self.sequence)
+        return {block.name: block.share / total for block in self.sequence}
+
+    @property
+    def cell_px(self) -> int:
+        """Images are generated in multiples of this many pixels: the top block's cell."""
+        return 1 << self.top.level
+
+    def tile_px(self, on_gpu: bool) -> int:
+        """Side of a tile that suits a device."""
+        return 2048 if on_gpu else 1024
+
+    def check_painting(
+        self, asked: float | None, height_px: int, width_px: int, level: int
+    ) -> None:
+        """A `ValueError` where an overlap is asked for, which only patch diffusion has, or a
+        resolution that was not trained on.
+        """
+        if level < 0:
+            raise ValueError(
+                "the cascade was trained down to the pixel and knows nothing finer; leave --scale "
+                "at 1 or below, or train sparse operators with mollified noise (--preset paper)"
+            )
+        if asked is not None:
+            raise ValueError(
+                f"an overlap of {asked:g} was asked for, but only patch diffusion paints in "
+                "windows that overlap; leave --overlap out"
+            )
+
+    def check_design(self, design: Design, mollifier_sigma_px: float = 0.0) -> None:
+        """A `ValueError` when the draws of `design` cannot train this denoiser."""
+        if mollifier_sigma_px:
+            raise ValueError(
+                f"this preset needs packs made with --mollifier 0, but these were made with "
+                f"{mollifier_sigma_px:g}; pack again"
+            )
+        wanted = tuple(WindowsBelow(b.fine, b.parents, b.window) for b in self.blocks)
+        if not isinstance(design, CascadeDesign) or (
+            (design.coarse_level, design.blocks, design.margin)
+            != (self.top.level, wanted, self.margin)
+        ):
+            raise ValueError(
+                "this preset needs --design cascade with windows "
+                f"{', '.join(map(str, wanted))} and a margin of {self.margin}, the packs were "
+                f"drawn by {design}; pack again"
+            )
+
+    def octaves(self, signal: tuple[float, ...], residual: tuple[float, ...]) -> Octaves:
+        """The process in every octave of a region, from the variances measured on it."""
+        return Octaves(signal, residual, NoiseSpectrum(len(signal) - 1))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {
+        "top": TopConfig(width=128, depth=4),
+        "blocks": (
+            replace(A, widths=(96, 192, 288), depths=(1, 2, 2), context=128),
+            replace(B, widths=(128, 256, 448), depths=(1, 2, 3), context=128),
+            replace(C, widths=(128,), depths=(4,), context=64),
+        ),
+        "token_width": 256,
+        "embedding_width": 128,
+    },
+    "brush": {
+        "top": TopConfig(width=512, depth=8, heads=8),
+        "blocks": (
+            replace(A, widths=(256, 512, 1024), depths=(2, 3, 4), context=256),
+            replace(B, widths=(384, 768, 1536), depths=(2, 3, 5), context=256),
+            replace(C, widths=(384,), depths=(6,), context=128),
+        ),
+        "token_width": 768,
+        "embedding_width": 512,
+    },
+}
+"""`tiny` trains on two CPU cores, `brush` has the published size of 450M parameters."""

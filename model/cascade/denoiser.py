@@ -1,0 +1,216 @@
+"""The cascade: p(u | e) = p(u_top | e) prod_b p(u_f | u_g, e), one block of octaves after another.
+
+Block b is given the area means u_g over its parents' cells and generates those over finer cells,
+u_f. What is diffused is the part of u_f that the parents do not tell,
+
+    x = u_f - up(u_g) - I(u_g),    y = x + sigma xi,    lambda = -2 ln sigma,
+
+I the details that bicubic interpolation predicts (`haar.predicted`), xi the keyed noise of these
+octaves alone (`noise.BandNoise`). x has zero mean in every parent cell, so that no block
+contradicts a coarser one. In octave l of the block the signal has variance S_l, the noise sigma^2
+N_l, and each octave is preconditioned at its own log-SNR (EDM; Karras et al., 2022):
+
+    x0_hat = sum_l [ c_skip,l y_l + c_out,l F_l ],    F = net( sum_l c_in,l y_l, ...).
+
+The loss is the mean over octaves of the squared error of F: the norm C^-1/2 of ∞-Brush's Theorem 1
+in the Haar basis. Blocks share no weights; given the data each is trained on its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from model.attention import Condition, TokenEncoder, Tokens
+from model.cascade.config import BlockConfig, CascadeConfig
+from model.cascade.network import BlockNet
+from model.cascade.top import TopDenoiser
+from model.haar import details, predicted, up, zero_mean
+from model.process import Octaves, preconditioning_factors
+
+MARGIN_NATS = 6.0
+"""A block's noise levels go from this far below its easiest octave to as far above its hardest."""
+
+
+@dataclass(frozen=True)
+class Parents:
+    """Values of parent cells on a rectangle with a margin on every side, absent ones continued
+    from the nearest; which of them exist; and the centres in pixels of the inner ones.
+    """
+
+    values: Float[Tensor, "b c hp wp"]
+    present: Float[Tensor, "b 1 hp wp"]
+    y_px: Float[Tensor, "b h"]
+    x_px: Float[Tensor, "b w"]
+
+
+class OctaveBlock(nn.Module):
+    """x0_hat of a block's details from y, its parents, tokens and the log-SNR."""
+
+    def __init__(self, config: CascadeConfig, block: BlockConfig, octaves: Octaves) -> None:
+        super().__init__()
+        self.config, self.block = config, block
+        levels = range(block.parents - 1, block.fine - 1, -1)
+        self.variances = [octaves.variances(level) for level in levels]
+        self.offsets = [octaves.offset(level) for level in levels]
+        self.scale = sum(signal for signal, _ in self.variances) ** -0.5
+        self.net = BlockNet(config, block)
+
+    def base(self, parents: Parents) -> Float[Tensor, "b c hk wk"]:
+        """up(u_g) + I(u_g): what the parents tell of the fine cells."""
+        return up(self.inner(parents.values), self.block.octaves) + self.predicted(parents)
+
+    def inner(self, values: Float[Tensor, "b c hp wp"]) -> Float[Tensor, "b c h w"]:
+        """Without the margin."""
+        m = self.config.margin
+        return values[..., m : values.shape[2] - m, m : values.shape[3] - m]
+
+    def predicted(self, parents: Parents) -> Float[Tensor, "b c hk wk"]:
+        """I(u_g)."""
+        return predicted(parents.values, self.block.octaves, self.config.margin)
+
+    def forward(
+        self,
+        observed: Float[Tensor, "b c hk wk"],
+        parents: Parents,
+        tokens: Tokens | None,
+        log_snr: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b c hk wk"]:
+        """x0_hat: zero mean in every parent cell."""
+        seen = _Seen(self, observed, log_snr)
+        return seen.known + seen.corrected(self.correction(seen, parents, tokens, log_snr, None))
+
+    def losses(
+        self,
+        truth: Float[Tensor, "b c hk wk"],
+        observed: Float[Tensor, "b c hk wk"],
+        parents: Parents,
+        tokens: Tokens | None,
+        log_snr: Float[Tensor, " b"],
+        weight: Float[Tensor, "b 1 h w"],
+    ) -> Float[Tensor, " octaves"]:
+        """Mean squared error of F in every octave, coarse to fine, over the fine cells of parents,
+        each with its weight.
+        """
+        seen, present = _Seen(self, observed, log_snr), self.inner(parents.present)
+        every = bool(present.all())
+        out = self.correction(seen, parents, tokens, log_snr, None if every else present)
+        n, losses = self.block.octaves, []
+        pairs = zip(details(out, n), seen.targets(truth), strict=True)
+        cells = up(weight * present, n)
+        for found, wanted in pairs:
+            losses.append(((found - wanted).square().mean(dim=1, keepdim=True) * cells).mean())
+        return torch.stack(losses)
+
+    def correction(
+        self,
+        seen: "_Seen",
+        parents: Parents,
+        tokens: Tokens | None,
+        log_snr: Float[Tensor, " b"],
+        present: Float[Tensor, "b 1 h w"] | None,
+    ) -> Float[Tensor, "b c hk wk"]:
+        """F of all octaves together."""
+        n, smooth = self.block.octaves, self.predicted(parents)
+        guess = up(self.inner(parents.values), n) + smooth + seen.known
+        looked_up = None
+        if self.block.tokens and tokens is not None:
+            index = torch.arange(len(guess), device=guess.device)
+            looked_up = tokens.at(index, parents.y_px, parents.x_px).permute(0, 3, 1, 2)
+        out = self.net(
+            torch.cat([seen.scaled, guess, smooth * self.scale], dim=1),
+            parents.values,
+            parents.present,
+            looked_up,
+            log_snr + sum(self.offsets) / len(self.offsets),
+            present,
+        )
+        return zero_mean(out.to(guess), n)
+
+
+class _Seen:
+    """Observed details, octave by octave, and their preconditioning."""
+
+    def __init__(
+        self,
+        block: OctaveBlock,
+        observed: Float[Tensor, "b c hk wk"],
+        log_snr: Float[Tensor, " b"],
+    ) -> None:
+        self.n = block.block.octaves
+        level = log_snr[:, None, None, None]
+        self.octaves = details(observed, self.n)
+        self.factors = [preconditioning_factors(s, n, level)[:3] for s, n in block.variances]
+        self.scaled = self._sum([c_in for c_in, _, _ in self.factors], self.octaves)
+        self.known = self._sum([c_skip for _, c_skip, _ in self.factors], self.octaves)
+
+    @staticmethod
+    def _sum(factors: list[Tensor], parts: list[Tensor]) -> Tensor:
+        total = factors[0] * parts[0]
+        for factor, part in zip(factors[1:], parts[1:], strict=True):
+            total = torch.addcmul(total, factor, part)
+        return total
+
+    def corrected(self, out: Float[Tensor, "b c hk wk"]) -> Float[Tensor, "b c hk wk"]:
+        """sum_l c_out,l F_l."""
+        return self._sum([c_out for _, _, c_out in self.factors], details(out, self.n))
+
+    def targets(self, truth: Float[Tensor, "b c hk wk"]) -> list[Float[Tensor, "b c hk wk"]]:
+        """What F should have been, octave by octave."""
+        parts = zip(details(truth, self.n), self.octaves, self.factors, strict=True)
+        return [(wanted - c_skip * y) / c_out for wanted, y, (_, c_skip, c_out) in parts]
+
+
+class CascadeBlock(nn.Module):
+    """A block with the encoder of the tokens that it reads."""
+
+    def __init__(
+        self, config: CascadeConfig, body: TopDenoiser | OctaveBlock, *, reads_tokens: bool
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.tokens: TokenEncoder | None = None
+        if reads_tokens:
+            self.tokens = TokenEncoder(
+                config.token_dim, config.token_width, config.classes, config.vector_dim
+            )
+
+    def encode(self, condition: Condition) -> Tokens | None:
+        """Tokens once for a whole trajectory; None where the block reads none."""
+        if self.tokens is None:
+            return None
+        attended, lattice = self.tokens(condition)
+        return Tokens(attended, lattice, condition)
+
+    def log_snr_range(self) -> tuple[float, float]:
+        """From drowned in the easiest octave to clean in the hardest."""
+        offsets = self.body.offsets
+        return -MARGIN_NATS - max(offsets), MARGIN_NATS - min(offsets)
+
+    def middle(self) -> float:
+        """The log-SNR at which the octaves are decided, on average."""
+        return -sum(self.body.offsets) / len(self.body.offsets)
+
+
+class CascadeDenoiser(nn.Module):
+    """All blocks of a cascade, by name, coarse to fine.
+
+    octaves: of the regions that it is trained on; lengths are pixels of their resolution.
+    """
+
+    def __init__(self, config: CascadeConfig, octaves: Octaves) -> None:
+        super().__init__()
+        if octaves.coarse_level != config.top.level:
+            raise ValueError(
+                f"the octaves were measured below level {octaves.coarse_level}, the cascade's top "
+                f"block is of level {config.top.level}; pack again"
+            )
+        self.config, self.octaves = config, octaves
+        blocks = {
+            config.top.name: CascadeBlock(config, TopDenoiser(config, octaves), reads_tokens=True)
+        }
+        for block in config.blocks:
+            body = OctaveBlock(config, block, octaves)
+            blocks[block.name] = CascadeBlock(config, body, reads_tokens=block.tokens)
+        self.blocks = nn.ModuleDict(blocks)

@@ -1,0 +1,167 @@
+"""The network of a block: a small U-Net of dense 3x3 convolutions on coarse places.
+
+All normalisation is per place and all couplings are convolutions, so that what a place computes
+depends on a bounded neighbourhood (`config.BlockConfig.halo`). Cells that are absent, outside the
+image, are zero before every convolution, as if they were its padding. Dense convolutions of a few
+hundred channels in channels-last run at a CPU's full rate, which depthwise ones at every pixel do
+not (docs/benchmarks.md).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from model.blocks import LevelEmbedding
+from model.cascade.config import BlockConfig, CascadeConfig
+
+EMBEDDED = 8
+"""Sines and cosines of a log-SNR: slow ones, since a network changes slowly with the noise."""
+_NORM_EPS = 1e-3
+
+
+class Conv(nn.Module):
+    """A convolution whose kernel is stored as the matrix (out, side * side * in), as Muon takes
+    it; `zero` starts it at zero.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, side: int = 3, *, stride: int = 1, zero: bool = False
+    ) -> None:
+        super().__init__()
+        self.side, self.stride = side, stride
+        bound = 0.0 if zero else 1.0 / math.sqrt(inputs * side**2)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs * side**2).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
+        kernel = self.weight.unflatten(1, (self.side, self.side, -1)).permute(0, 3, 1, 2)
+        padding = self.side // 2 if self.stride == 1 else 0
+        return F.conv2d(x, kernel, self.bias, self.stride, padding)
+
+
+def normalised(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Divided by the root mean square over the channels of each place."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + _NORM_EPS)
+
+
+def masked(
+    x: Float[Tensor, "b c h w"], present: Float[Tensor, "b 1 h w"] | None
+) -> Float[Tensor, "b c h w"]:
+    """Zero where a place is absent; None for none."""
+    return x if present is None else x * present
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(FiLM(norm(conv(silu(norm(x))))))), zero until it has learned something. Halo:
+    2 places.
+    """
+
+    def __init__(self, width: int, embedding_width: int) -> None:
+        super().__init__()
+        self.first = Conv(width, width)
+        self.second = Conv(width, width, zero=True)
+        self.film = nn.Linear(embedding_width, 2 * width)
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        embedding: Float[Tensor, "b e"],
+        present: Float[Tensor, "b 1 h w"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        y = normalised(self.first(F.silu(normalised(x))))
+        y = self.second(masked(F.silu(y * (1 + scale) + shift), present))
+        return x + masked(y, present)
+
+
+class ContextNet(nn.Module):
+    """What the parents of a rectangle and of `margin` cells around it say of each of them."""
+
+    def __init__(self, channels: int, hidden: int, width: int, margin: int) -> None:
+        super().__init__()
+        self.first = Conv(channels + 1, hidden)
+        self.middle = nn.ModuleList(Conv(hidden, hidden) for _ in range(margin - 2))
+        self.last = Conv(hidden, width)
+        self.margin = margin
+
+    def forward(
+        self, parents: Float[Tensor, "b c hp wp"], present: Float[Tensor, "b 1 hp wp"]
+    ) -> Float[Tensor, "b f h w"]:
+        x = self.first(torch.cat([parents * present, present], dim=1))
+        for conv in self.middle:
+            x = conv(F.silu(x))
+        x = self.last(F.silu(x))
+        m = self.margin
+        return x[..., m : x.shape[2] - m, m : x.shape[3] - m]
+
+
+class BlockNet(nn.Module):
+    """F of a block from what is seen of its cells, its parents, looked-up tokens and the noise
+    level (relative to the middle of the block's range).
+    """
+
+    def __init__(self, config: CascadeConfig, block: BlockConfig) -> None:
+        super().__init__()
+        widths, channels, inside = block.widths, config.channels, block.place**2
+        self.place = block.place
+        # Large places hold their neighbourhood already.
+        self.stem = Conv(3 * channels * inside, widths[0], 3 if block.place < 4 else 1)
+        self.context = ContextNet(channels, block.context, widths[-1], config.margin)
+        self.token = Conv(config.token_width, widths[-1], 1) if block.tokens else None
+        self.embedding = LevelEmbedding(config.embedding_width, EMBEDDED)
+        stages = [
+            nn.ModuleList(ResidualBlock(width, config.embedding_width) for _ in range(depth))
+            for width, depth in zip(widths, block.depths, strict=True)
+        ]
+        self.encoder, self.coarsest = nn.ModuleList(stages[:-1]), stages[-1]
+        self.decoder = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(width, config.embedding_width) for _ in range(depth))
+            for width, depth in zip(widths[:-1], block.depths[:-1], strict=True)
+        )
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.downs = nn.ModuleList(Conv(a, b, 2, stride=2) for a, b in pairs)
+        self.ups = nn.ModuleList(Conv(b, 4 * a, 1) for a, b in pairs)
+        self.head = Conv(widths[0], channels * inside, zero=True)
+
+    def forward(
+        self,
+        seen: Float[Tensor, "b i hk wk"],
+        parents: Float[Tensor, "b c hp wp"],
+        parents_present: Float[Tensor, "b 1 hp wp"],
+        tokens: Float[Tensor, "b t h w"] | None,
+        log_snr: Float[Tensor, " b"],
+        present: Float[Tensor, "b 1 h w"] | None,
+    ) -> Float[Tensor, "b c hk wk"]:
+        """parents, parents_present: with a margin. present: of the inner parents, where any is
+        absent.
+        """
+        embedding = self.embedding(log_snr)
+        masks = [present]
+        for _ in self.downs:
+            finer = masks[-1]
+            masks.append(None if finer is None else F.interpolate(finer, scale_factor=2.0))
+        masks.reverse()
+        x = F.pixel_unshuffle(seen, self.place).contiguous(memory_format=torch.channels_last)
+        x = masked(self.stem(masked(x, masks[0])), masks[0])
+        skips = []
+        for blocks, down, mask in zip(self.encoder, self.downs, masks, strict=False):
+            for block in blocks:
+                x = block(x, embedding, mask)
+            skips.append(x)
+            x = down(x)
+        x = x + self.context(parents, parents_present)
+        if self.token is not None and tokens is not None:
+            x = x + self.token(tokens)
+        x = masked(x, masks[-1])
+        for block in self.coarsest:
+            x = block(x, embedding, masks[-1])
+        for i in reversed(range(len(skips))):
+            x = masked(F.pixel_shuffle(self.ups[i](x), 2), masks[i]) + skips[i]
+            for block in self.decoder[i]:
+                x = block(x, embedding, masks[i])
+        return F.pixel_shuffle(self.head(F.silu(x)), self.place)

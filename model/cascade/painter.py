@@ -1,0 +1,208 @@
+"""A cascade with a condition, evaluated over fields: one pass a block, from coarse to fine.
+
+The top block is evaluated whole, on a few hundred cells. A block below it goes through its field
+tile by tile, under the finished field of its parents: a tile is read with the halo that its
+network declares, as far as the image goes, so that a tiling changes nothing. Its images are those
+whose area means are the parents (`Under`), so that a preview, which stops after a block, is the
+exact mean of what the later blocks make of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from model.attention import Condition, Tokens
+from model.cascade.denoiser import CascadeBlock, CascadeDenoiser, OctaveBlock, Parents
+from model.cascade.top import TopDenoiser
+from model.generate import Constraint, Estimator, Field, Pass
+from model.haar import zero_mean
+from model.lattice import Box, tiles
+from model.noise import NoiseTree
+from model.noise_band import BandNoise
+
+
+def cascade_passes(
+    denoiser: CascadeDenoiser,
+    condition: Condition,
+    *,
+    guidance: float,
+    tile: int,
+    level: int,
+    steps: int | None,
+) -> list[Pass]:
+    """The passes of an image of cells of `level`: all blocks as far as one that is as fine.
+
+    guidance: classifier-free guidance, x0 = null + guidance (conditional - null), in blocks that
+    read tokens; 1 evaluates the condition alone. tile: side of a tile in pixels.
+    """
+    tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
+    found: list[Pass] = []
+    for config in denoiser.config.sequence:
+        block = denoiser.blocks[config.name]
+        assert isinstance(block, CascadeBlock)
+        given = sides(block, condition, guidance)
+        evaluations, bounds = steps or config.evaluations, block.log_snr_range()
+        if isinstance(block.body, TopDenoiser):
+            top = TopPainter(block.body, given, guidance)
+            prepare = partial(_whole, top)
+            found.append(Pass(config.name, block.body.level, evaluations, bounds, tree, prepare))
+            fine = block.body.level
+        else:
+            assert isinstance(block.body, OctaveBlock)
+            fine, parents = block.body.block.fine, block.body.block.parents
+            cells = max(tile >> fine, 1 << block.body.block.octaves)
+            below = partial(_below, block.body, given, guidance, cells)
+            noise = BandNoise(tree, parents)
+            found.append(Pass(config.name, fine, evaluations, bounds, noise, below))
+        if fine <= level:
+            break
+    return found
+
+
+def sides(block: CascadeBlock, condition: Condition, guidance: float) -> tuple[Tokens | None, ...]:
+    """The encoded conditions under which a block is evaluated: with guidance the null and the
+    condition, otherwise the condition alone.
+    """
+    guided = guidance != 1.0 and block.tokens is not None
+    given = [condition.dropped(), condition] if guided else [condition]
+    with torch.no_grad():
+        return tuple(block.encode(side) for side in given)
+
+
+def guided(
+    estimates: Sequence[Float[Tensor, "*shape"]], guidance: float
+) -> Float[Tensor, "*shape"]:
+    """From the null's estimate to the condition's, and beyond."""
+    return torch.lerp(estimates[0], estimates[-1], guidance)
+
+
+def _whole(painter: "TopPainter", above: Field | None) -> tuple[Estimator, Constraint | None]:
+    return painter, None
+
+
+def _below(
+    body: OctaveBlock,
+    given: tuple[Tokens | None, ...],
+    guidance: float,
+    tile: int,
+    above: Field | None,
+) -> tuple[Estimator, Constraint | None]:
+    assert above is not None, "a block of octaves has parents"
+    under = Under(body, above)
+    return BlockPainter(under, given, guidance, tile), under
+
+
+@dataclass(frozen=True)
+class TopPainter:
+    """The top block under one or two conditions."""
+
+    body: TopDenoiser
+    given: tuple[Tokens | None, ...]
+    guidance: float
+
+    @torch.no_grad()
+    def estimate(
+        self, field: Field, log_snr: float
+    ) -> Iterator[tuple[Box, Float[Tensor, "c h w"], Float[Tensor, "c h w"]]]:
+        """(box, u_t, x0_hat) of the whole field."""
+        like = next(self.body.parameters())
+        _, h, w = field.shape
+        box = Box(self.body.level, 0, 0, h, w)
+        u = field.read(box).to(like)[None]
+        observed, level = u / _alpha(log_snr), like.new_full((1,), log_snr)
+        present = torch.ones_like(u[:, :1])
+        found = [
+            self.body(observed, present, tokens, level)
+            for tokens in self.given
+            if tokens is not None
+        ]
+        yield box, u[0], guided(found, self.guidance)[0]
+
+
+@dataclass(frozen=True)
+class Under:
+    """The images of a block whose area means are a field of parents."""
+
+    body: OctaveBlock
+    parents: Field
+
+    @property
+    def cell(self) -> int:
+        """Boxes are multiples of this many fine cells: a parent."""
+        return 1 << self.body.block.octaves
+
+    def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        """What the parents tell, and the details of x0."""
+        above = box.cover(self.body.block.parents)
+        if above.refine(box.level) != box:
+            raise ValueError(
+                f"{box} cuts through parents of {self.cell} cells a side, whose means are given"
+            )
+        base = self.body.base(self.around(above, x0))[0]
+        return base + zero_mean(x0[None], self.body.block.octaves)[0]
+
+    def around(self, box: Box, like: Tensor) -> Parents:
+        """Parents of a box inside the image, with the margin that the network sees."""
+        margin, level = self.body.config.margin, box.level
+        _, height, width = self.parents.shape
+        outer = box.grow(margin)
+        inside = outer.clip(height, width)
+        values = self.parents.read(inside).to(like)
+        rows = torch.arange(outer.y, outer.y + outer.height, device=like.device)
+        columns = torch.arange(outer.x, outer.x + outer.width, device=like.device)
+        values = values[:, rows.clamp(0, height - 1) - inside.y]
+        values = values[:, :, columns.clamp(0, width - 1) - inside.x]
+        there_y, there_x = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        present = (there_y[:, None] & there_x)[None, None].to(like.dtype)
+        inner = slice(margin, -margin)
+        y_px, x_px = (((n[inner] + 0.5) * 2.0**level).to(like)[None] for n in (rows, columns))
+        return Parents(values[None], present, y_px, x_px)
+
+
+@dataclass(frozen=True)
+class BlockPainter:
+    """A block of octaves under its parents and one or two conditions.
+
+    tile: side of a tile in fine cells.
+    """
+
+    under: Under
+    given: tuple[Tokens | None, ...]
+    guidance: float
+    tile: int
+
+    def __post_init__(self) -> None:
+        if self.tile % self.under.cell:
+            raise ValueError(
+                f"a tile of {self.tile} is not a multiple of a parent, {self.under.cell} cells"
+            )
+
+    @torch.no_grad()
+    def estimate(
+        self, field: Field, log_snr: float
+    ) -> Iterator[tuple[Box, Float[Tensor, "c h w"], Float[Tensor, "c h w"]]]:
+        """(box, u_t, x0_hat) of every tile, in order; the field must not change meanwhile."""
+        body = self.under.body
+        block, like = body.block, next(body.parameters())
+        level = like.new_full((1,), log_snr)
+        _, height, width = self.under.parents.shape
+        for box in tiles(*field.shape[1:], self.tile, level=block.fine):
+            wide = box.cover(block.parents).grow(block.halo).clip(height, width)
+            cells = wide.refine(block.fine)
+            u = field.read(cells).to(like)
+            parents = self.under.around(wide, like)
+            base = body.base(parents)
+            observed = u / _alpha(log_snr) - base
+            found = [body(observed, parents, tokens, level) for tokens in self.given]
+            x0 = (base + guided(found, self.guidance))[0]
+            ys, xs = box.slices_in(cells)
+            yield box, u[:, ys, xs], x0[:, ys, xs]
+
+
+def _alpha(log_snr: float) -> float:
+    """sqrt(abar)."""
+    return float(torch.sigmoid(torch.tensor(log_snr, dtype=torch.float64)).sqrt())

@@ -1,0 +1,145 @@
+"""The `cascade` design, ours: the top lattice of an image, and windows of every block of octaves.
+
+A block of octaves is trained on windows of its fine cells with their parents (`WindowsBelow`), in
+which it meets exactly what it meets when a whole image is generated: exact area means in complete
+neighbourhoods. 65,536 uniform pixels of 4096^2 would leave 83 % of them without one neighbour in a
+7x7 kernel. Blocks are trained on their own, so that windows of different blocks lie anywhere.
+
+A window takes every place that touches the image with equal probability, so that every pixel is
+drawn equally often, border pixels too. One that sticks out keeps its size, and its outer cells are
+absent. Where an image has no more parents a side than a window, the window is all of it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+
+from model.design.protocol import Extent
+
+
+@dataclass(frozen=True)
+class WindowsBelow:
+    """Windows of `window` x `window` parent cells, with all their descendants of level `fine`."""
+
+    fine: int
+    parents: int
+    window: int
+
+    @property
+    def octaves(self) -> int:
+        return self.parents - self.fine
+
+    def shape(self, image: Extent) -> tuple[int, int]:
+        """(height, width) of a window in parent cells."""
+        return min(self.window, image.height_px >> self.parents), min(
+            self.window, image.width_px >> self.parents
+        )
+
+    def cells(self, image: Extent, margin: int) -> int:
+        """Values of a window: its fine cells, and its parents with a margin."""
+        h, w = self.shape(image)
+        return (h * w << 2 * self.octaves) + (h + 2 * margin) * (w + 2 * margin)
+
+    def __str__(self) -> str:
+        return f"{self.window}x{self.window} of level {self.parents} down to {self.fine}"
+
+
+@dataclass(frozen=True)
+class CascadeDesign:
+    """The top lattice and windows of every block, within a budget of values.
+
+    points: the budget for one image (cells; each has all channels). coarse_level: of the top
+    lattice. blocks: coarse to fine. margin: parents around a window that are drawn with it. parts:
+    of the budget, for each block's windows.
+    """
+
+    points: int = 65_536
+    coarse_level: int = 8
+    blocks: tuple[WindowsBelow, ...] = (
+        WindowsBelow(5, 8, 8),
+        WindowsBelow(2, 5, 8),
+        WindowsBelow(0, 2, 32),
+    )
+    margin: int = 3
+    parts: tuple[float, ...] = (0.28, 0.42, 0.3)
+
+    lattice = True
+
+    def __post_init__(self) -> None:
+        if self.coarse_level != self.blocks[0].parents:
+            raise ValueError(
+                f"the first block's parents are cells of level {self.blocks[0].parents}, but a "
+                f"lattice of level {self.coarse_level} was asked for; leave --coarse-level out"
+            )
+
+    @property
+    def footprint_px(self) -> int | None:
+        return None
+
+    def numbers(self, image: Extent) -> tuple[int, ...]:
+        """How many windows of each block a draw holds; a `ValueError` where image or budget are
+        too small.
+        """
+        cell = 1 << self.coarse_level
+        if image.height_px % cell or image.width_px % cell:
+            raise ValueError(
+                f"regions of {image.height_px}x{image.width_px} px do not divide into the top "
+                f"cells of the cascade, {cell} px; ingest with a --region that is a multiple"
+            )
+        costs = [block.cells(image, self.margin) for block in self.blocks]
+        lattice = image.lattice_cells(self.coarse_level)
+        left = self.points - lattice - sum(costs)
+        if left < 0:
+            raise ValueError(
+                f"{self.points} points cannot hold the {lattice} lattice cells of a "
+                f"{image.height_px}x{image.width_px} region and a window of each block; ask for "
+                f"--points {lattice + sum(costs)} or more"
+            )
+        numbers = []
+        for block, cost, part in zip(self.blocks, costs, self.parts, strict=True):
+            wanted = max(int(part * (self.points - lattice) / cost) - 1, 0)
+            everything = block.window >= max(
+                image.height_px >> block.parents, image.width_px >> block.parents
+            )
+            more = 0 if everything else min(wanted, left // cost)
+            left -= more * cost
+            numbers.append(1 + more)
+        return tuple(numbers)
+
+    def num_cells(self, image: Extent) -> int:
+        costs = (block.cells(image, self.margin) for block in self.blocks)
+        return sum(n * cost for n, cost in zip(self.numbers(image), costs, strict=True))
+
+    def num_values(self, image: Extent) -> int:
+        return image.lattice_cells(self.coarse_level) + self.num_cells(image)
+
+    def describe(self, image: Extent) -> str:
+        numbers = self.numbers(image)
+        windows = (f"{n} of {block}" for n, block in zip(numbers, self.blocks, strict=True))
+        return f"the top lattice; windows: {', '.join(windows)}"
+
+    def fits(self, image: Extent) -> bool:
+        return True
+
+    def draws_to_cover(self, image: Extent) -> int:
+        finest, number = self.blocks[-1], self.numbers(image)[-1]
+        h, w = finest.shape(image)
+        return -(-image.pixels // (number * (h * w << 2 * finest.parents)))
+
+    def draw(self, image: Extent, key: tuple[int, ...]) -> list[Int64[np.ndarray, "n 2"]]:
+        """First parent cells (y, x) of the windows of each block, coarse to fine; they may lie
+        outside.
+
+        key: non-negative integers (seed, region, pack) that name this draw.
+        """
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        found = []
+        for block, number in zip(self.blocks, self.numbers(image), strict=True):
+            origins = np.zeros((number, 2), dtype=np.int64)
+            for axis, extent in enumerate((image.height_px, image.width_px)):
+                cells, side = extent >> block.parents, block.shape(image)[axis]
+                if cells > side:
+                    origins[:, axis] = random.integers(1 - side, cells, size=number)
+            found.append(origins)
+        return found
