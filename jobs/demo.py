@@ -28,7 +28,7 @@ from pipeline.store import Store
 FEW_REGIONS = 16
 MANY_PIXELS = 64 * 4096**2
 MANY_TILES = 1 << 14
-SMALL_REGION_PX, LEAST_REGION_PX, LEAST_TOKEN_PX = 1024, 64, 64
+SMALL_REGION_PX, LEAST_REGION_PX, LEAST_TOKEN_PX = 1024, 256, 64
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Demo:
     """Steps of training the encoder."""
     draws: int = 1200
     """Draws of all regions together."""
-    steps: int = 16
-    """Evaluations of the denoiser when painting."""
+    steps: int | None = None
+    """Evaluations of each block of the denoiser; by default each block's own number."""
     region: int | None = None
     """Row of the region table that conditions the image; by default one held out, if any is."""
     mpp: float | None = None
@@ -80,7 +80,8 @@ def demo(options: Demo) -> int:
     if missing:
         raise ValueError(f"there is no file, folder or match for {missing[0]!r}; check the path")
     for name in ("size", "train_minutes", "pretrain_steps", "draws", "steps"):
-        if getattr(options, name) <= 0:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
             raise ValueError(
                 f"--{name.replace('_', '-')} takes a positive number, not {getattr(options, name)}"
             )
@@ -125,7 +126,7 @@ def demo(options: Demo) -> int:
         shutil.rmtree(images, ignore_errors=True)  # painted by other weights
     progress.run("jobs.train", training)
     arguments = [run, "--condition", store_path, "--out", str(images), "--size", str(options.size)]
-    arguments += ["--steps", str(options.steps), "--guidance", "1"]
+    arguments += [] if options.steps is None else ["--steps", str(options.steps)]
     arguments += ["--format", *_formats(store)]
     if options.size > 2 * store.spec.region:
         arguments += ["--fill", "regions"]
@@ -212,8 +213,8 @@ def _formats(store: Store) -> list[str]:
 def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
     return [
         *(packs, "--run", run, "--preset", "tiny", "--max-minutes", str(options.train_minutes)),
-        *("--steps", "4000", "--batch", "4", "--learning-rate", "0.001", "--warmup", "20"),
-        *("--save-every", "100", "--ema", "0.98"),
+        *("--steps", "1000000", "--batch", "8", "--warmup", "30", "--ema", "0.99"),
+        *("--save-every", "2000"),
     ]
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
@@ -22,7 +23,7 @@ from jobs.painting import Recipe, paint
 from jobs.run import Run, RunConfig
 from model.cascade.denoiser import CascadeBlock, CascadeDenoiser, OctaveBlock, Parents
 from model.cascade.objective import NOISE_STREAM, keyed_normals
-from model.draw import BlockDraw, PointDraw, TopDraw
+from model.draw import BlockDraw, Draw, PointDraw, TopDraw
 from model.family import Denoiser, make_passes, mollifier_of
 from model.haar import zero_mean
 from model.solver import DPMSolverPP2M, uniform_steps
@@ -31,7 +32,7 @@ from pipeline.packfile import PackSet
 
 STEPS = 12
 SIDE_PX = 512
-PAIRS, WINDOW_PX, GAP_PX = 4, 160, 4
+PAIRS, WINDOW_PX, GAP_PX, ABSENT_GREY = 4, 160, 4, 160
 
 
 def write_preview(run: Run, packs: PackSet, step: int, device: torch.device) -> None:
@@ -58,8 +59,12 @@ def _blocks(
         assert isinstance(block, CascadeBlock)
         batches = Batches(packs, PAIRS, 0, 0.0, augment=False, split=split, part=part)
         batch = batches.at(0).to(device)
-        pairs = zip(batch.draw.values, generated_windows(block, batch), strict=True)
-        tiles = [_tile(values, config) for pair in pairs for values in pair]
+        real, generated = batch.draw.values, generated_windows(block, batch)
+        tiles = [
+            _tile(values, weight, config)
+            for pair in zip(real, generated, _weights(batch.draw), strict=True)
+            for values, weight in ((pair[0], pair[2]), (pair[1], pair[2]))
+        ]
         rows.append(np.concatenate(tiles, axis=1))
     return np.concatenate(rows)[:-GAP_PX, :-GAP_PX]
 
@@ -93,11 +98,22 @@ def generated_windows(block: CascadeBlock, batch: Batch) -> Float[Tensor, "b c h
     return base + estimate(u * (1 + math.exp(-last)) ** 0.5, last)
 
 
-def _tile(values: Float[Tensor, "c h w"], config: RunConfig) -> UInt8[np.ndarray, "h w 3"]:
-    """Standardised values as a square with a gap to the right and below."""
+def _weights(draw: Draw) -> Float[Tensor, "b 1 h w"]:
+    """Which cells are there, at the resolution of the values."""
+    assert isinstance(draw, TopDraw | BlockDraw)
+    weight = draw.present if isinstance(draw, TopDraw) else draw.weight
+    return F.interpolate(weight, size=draw.values.shape[2:])
+
+
+def _tile(
+    values: Float[Tensor, "c h w"], weight: Float[Tensor, "1 h w"], config: RunConfig
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Standardised values as a square with a gap to the right and below; grey where absent."""
     pixels = config.statistics.to_pixels(values.permute(1, 2, 0).float().cpu().numpy())
+    rgb = to_uint8(pixels, config)
+    rgb[weight[0].cpu().numpy() == 0] = ABSENT_GREY
     shown = np.full((WINDOW_PX + GAP_PX,) * 2 + (3,), 255, np.uint8)
-    shown[:WINDOW_PX, :WINDOW_PX] = _square(to_uint8(pixels, config), WINDOW_PX)
+    shown[:WINDOW_PX, :WINDOW_PX] = _square(rgb, WINDOW_PX)
     return shown
 
 

@@ -16,13 +16,14 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -45,6 +46,8 @@ from pipeline import console
 from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 
 CHECKPOINTS_KEPT = 2
+TRAINED = "trained"
+"""In a file of weights: the parts of the denoiser that its run trains."""
 CHECKPOINT_BYTES_PER_PARAMETER = 20
 """Weights, averaged weights, and DeepSpeed's weights with two moments, all in float32."""
 
@@ -179,12 +182,17 @@ class Run:
     def checkpoint_folder(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"
 
-    def write_weights(self, step: int, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Write NAME.safetensors of a checkpoint."""
+    def write_weights(
+        self, step: int, name: str, weights: Mapping[str, Tensor], trained: Sequence[str]
+    ) -> None:
+        """Write NAME.safetensors of a checkpoint, and in it the names of the parts of the denoiser
+        that this run trains.
+        """
         folder = self.checkpoint_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{name}.partial"
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary)
+        values = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        save_file(values, temporary, {TRAINED: " ".join(trained)})
         temporary.replace(folder / f"{name}.safetensors")
 
     def read_weights(self, step: int, name: str) -> dict[str, Tensor]:
@@ -252,6 +260,12 @@ class Run:
         file = self.path / "checkpoints" / state.checkpoint / f"{weights}.safetensors"
         denoiser.load_state_dict(load_file(file))
         return denoiser.to(device).eval().requires_grad_(False)
+
+
+def trained_parts(file: Path) -> tuple[str, ...]:
+    """Which parts of a denoiser the run trained that wrote this file of weights."""
+    with safe_open(file, "pt") as weights:
+        return tuple((weights.metadata() or {}).get(TRAINED, "").split())
 
 
 def _spectrum(content: Mapping[str, Any]) -> NoiseSpectrum:

@@ -13,12 +13,13 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from safetensors.torch import load_file
+from torch import Tensor
 
 from jobs.engine import from_first_rank, joined
 from jobs.optimizer import OptimizerName
 from jobs.parts import Goal
 from jobs.record import RunState
-from jobs.run import Run, RunConfig, SupersededError
+from jobs.run import Run, RunConfig, SupersededError, trained_parts
 from jobs.trainer import Trainer, Training, goals_of, num_lanes
 from model.cascade.config import CascadeConfig
 from model.config import DenoiserConfig, SparseConfig, changed, preset
@@ -90,8 +91,8 @@ class Train:
     """Choices of the preset to change, as NAME=VALUE, or BLOCK.NAME=VALUE: an ablation is one
     field of model.config."""
     init_from: tuple[Path, ...] = ()
-    """Weights to start from: weights.safetensors or ema.safetensors of another run; several, if
-    each is of some blocks."""
+    """Weights to start from: weights.safetensors or ema.safetensors of another run; of several
+    runs, each gives the --blocks that it trained."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -223,23 +224,42 @@ def train(options: Train) -> int:
 
 
 def initialise(denoiser: Denoiser, files: Sequence[Path]) -> None:
-    """Load weights of a denoiser of the same size; each file may hold some of its blocks."""
-    own, found = denoiser.state_dict(), {}
+    """Load weights of a denoiser of the same size; of several files, from each the blocks that its
+    run trained.
+    """
+    own = denoiser.state_dict()
+    owners: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
             raise ValueError(f"--init-from {file} does not exist; name a .safetensors file")
         weights = load_file(file)
-        other = sorted(k for k in weights if k not in own or own[k].shape != weights[k].shape)
-        if len(files) == 1 and not isinstance(denoiser.config, CascadeConfig):
-            other += sorted(k for k in own if k not in weights)
+        other = sorted(k for k in {*weights, *own} if not _alike(weights.get(k), own.get(k)))
         if other:
             raise ValueError(
                 f"--init-from {file} holds weights of another denoiser ({other[0]} and "
                 f"{len(other) - 1} more differ); use the preset and encoder that it was trained "
                 "with"
             )
-        found |= weights
-    denoiser.load_state_dict({**own, **found})
+        if len(files) > 1:
+            blocks = trained_parts(file)
+            if not blocks:
+                raise ValueError(
+                    f"--init-from {file} does not say which blocks were trained; name one file"
+                )
+            for block in {*blocks} & {*owners}:
+                raise ValueError(
+                    f"--init-from {owners[block]} and {file} were both trained on block {block}; "
+                    "name runs of different --blocks"
+                )
+            owners |= dict.fromkeys(blocks, file)
+            own_prefixes = tuple(f"blocks.{block}." for block in blocks)
+            weights = {k: v for k, v in weights.items() if k.startswith(own_prefixes)}
+        own |= weights
+    denoiser.load_state_dict(own)
+
+
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape
 
 
 def _finished(before: RunState | None, goals: Mapping[str, Goal]) -> bool:

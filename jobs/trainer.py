@@ -332,8 +332,9 @@ class Trainer:
         def write() -> None:
             weights = dict(self.denoiser.named_parameters())
             self.run.check_owner()
-            self.run.write_weights(step, "weights", weights)
-            self.run.write_weights(step, "ema", self.ema)
+            trained = [part.name for part in self.parts]
+            self.run.write_weights(step, "weights", weights, trained)
+            self.run.write_weights(step, "ema", self.ema, trained)
             self.run.update(
                 status=status,
                 step=step,

@@ -11,8 +11,7 @@ sqrt(abar) = u_0 + sigma xi, signal variance S and noise variance N = sigma^2 n,
 
     x0_hat = mu + c_skip (y - mu) + c_out F,    c_skip = S / (S + N),    c_out^2 = S N / (S + N),
 
-where mu is what is known before; F has unit variance as input, as output and in the
-loss. The sum over levels of the mean loss at each is Theorem 1's norm C^{-1/2} in the Haar basis.
+where mu is what is known before; F has unit variance as input, as output and in the loss.
 """
 
 import math
@@ -99,10 +98,10 @@ def precondition(octaves: Octaves, level: int, log_snr: Float[Tensor, " b"]) -> 
 
 
 def preconditioning_factors(
-    signal: float | Float[Tensor, "*b"],
-    noise: float | Float[Tensor, "*b"],
-    log_snr: Float[Tensor, "*b"],
-) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"], Float[Tensor, "*b"], Float[Tensor, "*b"]]:
+    signal: float | Float[Tensor, "*#b"],
+    noise: float | Float[Tensor, "*#b"],
+    log_snr: Float[Tensor, "*#b"],
+) -> tuple[Float[Tensor, "*#b"], Float[Tensor, "*#b"], Float[Tensor, "*#b"], Float[Tensor, "*#b"]]:
     """c_in, c_skip and c_out for variances S of the signal and n of the noise, and their log-SNR,
     lambda + ln(S / n).
     """

@@ -14,10 +14,11 @@ Noise that is not of the process's law (white, where the process is mollified) w
 image. It is keyed by step and place (`generate.fresh_noise`), so that tiles and restarts change
 nothing.
 
-On the exact denoiser of a Gaussian field with the octaves of H&E and floored noise, 20 steps leave
-every octave's variance 0.1 dB too large with 2M, 1.1 dB too small with DDIM and 2.0 dB with
-ancestral steps, which need 50 and 100 for 0.5 dB. The larger variance beta_t that Ho et al. also
-tried leaves -1.8 dB in the coarse octaves at 20 steps and +1.5 dB in the finest: not offered.
+On the exact denoiser of a Gaussian field with the octaves of H&E, a block of the cascade at a
+time, 20 steps leave every octave's variance 0.1 dB too large with 2M, 0.8 to 1.0 dB too small with
+DDIM and 1.5 to 1.8 dB with ancestral steps, which need 40 and 75 for 0.5 dB. The larger variance
+beta_t that Ho et al. also tried leaves -1.8 dB in coarse octaves at 20 steps and +1.5 dB in the
+finest, measured with all octaves of a region together: not offered.
 """
 
 import math

@@ -10,7 +10,7 @@ import pipeline.pack
 from pipeline.phantom import draw_slide
 
 SIDE_PX = 256
-POINTS = 14_000
+POINTS = 22_234
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ def train_arguments(chain: Chain, run: Path, steps: int, *more: str) -> list[str
         *(str(chain.packs), "--run", str(run), "--preset", "tiny", "--steps", str(steps)),
         *("--batch", "2", "--warmup", "2", "--save-every", "2", "--log-every", "1", *more),
     ]
+
+
+EVEN_SHARES = ("--set", "T.share=1", "A.share=1", "B.share=1", "C.share=1")
+"""Every block is trained as long as any other."""
 
 
 def build(folder: Path) -> Chain:

@@ -1,53 +1,61 @@
 """Small denoisers and images for the tests: trained by nobody, but every weight matters."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jobs.painting import Recipe, paint
 from model.attention import Condition
-from model.config import PyramidConfig
-from model.denoiser import PyramidDenoiser, crop
-from model.design import Extent, ZoomDesign
-from model.draw import WindowDraw
-from model.haar import parent_means
+from model.cascade.config import BlockConfig, CascadeConfig, TopConfig
+from model.cascade.denoiser import CascadeBlock, CascadeDenoiser
+from model.design import CascadeDesign, WindowsBelow
+from model.draw import BlockDraw, TopDraw
+from model.generate import ArrayField, Pass
+from model.haar import means
 from model.process import Octaves
 from model.spectrum import NoiseSpectrum
 
-CONFIG = PyramidConfig(
+CONFIG = CascadeConfig(
     channels=2,
     token_dim=6,
-    coarse_level=3,
-    widths=(12, 8, 6),
-    blocks=(1, 2, 1),
-    kernel=3,
-    lookup_level=1,
+    top=TopConfig(level=5, width=8, depth=1, heads=2),
+    blocks=(
+        BlockConfig("A", 5, 2, 2, (6, 8, 8), (1, 1, 1), context=6, window=3),
+        BlockConfig("B", 2, 0, 4, (8,), (1,), context=6, tokens=False, window=8),
+    ),
     token_width=8,
     embedding_width=8,
-    lattice_width=8,
-    lattice_patch=2,
-    unet_widths=(8, 16),
-    unet_attention=1,
-    unet_layers=1,
-    unet_head_dim=8,
-    unet_groups=4,
 )
 OCTAVES = Octaves(
     signal=(0.05, 0.1, 0.15, 0.1, 0.05, 0.03, 0.02, 0.02),
-    residual=(0.03, 0.08, 0.12),
-    noise=NoiseSpectrum(top_level=7, coarse_level=3, floor=0.005),
+    residual=(0.04, 0.08, 0.12, 0.07, 0.04),
+    noise=NoiseSpectrum(top_level=7),
 )
-DESIGN = ZoomDesign(points=4_000, coarse_level=3, window=16, halo=2)
+DESIGN = CascadeDesign(
+    points=4_000, coarse_level=5, blocks=(WindowsBelow(2, 5, 3), WindowsBelow(0, 2, 8))
+)
 
 
-def denoiser(seed: int = 0) -> PyramidDenoiser:
+def denoiser(seed: int = 0, config: CascadeConfig = CONFIG) -> CascadeDenoiser:
     """A float64 denoiser whose zero-initialised layers have been given weights."""
     torch.manual_seed(seed)
-    net = PyramidDenoiser(CONFIG, OCTAVES).double()
+    net = CascadeDenoiser(config, OCTAVES).double()
     for parameter in net.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.3)
     return net.eval().requires_grad_(False)
+
+
+def block_of(net: CascadeDenoiser, name: str) -> CascadeBlock:
+    block = net.blocks[name]
+    assert isinstance(block, CascadeBlock)
+    return block
 
 
 def condition(batch: int, grid: tuple[int, int] = (2, 3), pitch: float = 32.0) -> Condition:
@@ -70,28 +78,62 @@ def condition(batch: int, grid: tuple[int, int] = (2, 3), pitch: float = 32.0) -
 
 def levels_of(image: Float[Tensor, "b h w c"], coarse: int) -> list[Float[Tensor, "b hl wl c"]]:
     """Area means of an image at every level."""
-    levels = [image]
-    for _ in range(coarse):
-        levels.append(parent_means(levels[-1]))
-    return levels
+    planes = image.permute(0, 3, 1, 2)
+    return [means(planes, level).permute(0, 2, 3, 1) for level in range(coarse + 1)]
 
 
-def draw_of(image: Float[Tensor, "b h w c"], design: ZoomDesign, seed: int = 0) -> WindowDraw:
-    """The cells that `design` draws of images whose every cell is valid."""
-    b, h, w, _ = image.shape
-    levels = levels_of(image, design.coarse_level)
-    origins = torch.from_numpy(np.stack([design.draw(Extent(h, w), (seed, i)) for i in range(b)]))
-    index = torch.arange(b).repeat_interleave(origins.shape[1])
-    side = (design.window, design.window)
+def top_draw(image: Float[Tensor, "b c h w"], level: int = CONFIG.top.level) -> TopDraw:
+    """The top lattice of images whose every cell is valid."""
+    values = means(image, level)
+    return TopDraw(values, torch.ones_like(values[:, :1]))
 
-    def windows(values: list[Tensor]) -> Tensor:
-        parts = [
-            crop(values[level], index, origins[:, :, level].flatten(0, 1), side)
-            for level in range(design.coarse_level)
-        ]
-        return torch.stack(parts, dim=1).unflatten(0, origins.shape[:2])
 
-    present = [torch.ones_like(level[..., :1]) for level in levels]
-    return WindowDraw(
-        levels[-1], present[-1].bool(), windows(levels), windows(present).bool(), origins
-    )
+def window_of(
+    image: Float[Tensor, "b c h w"],
+    block: BlockConfig,
+    origin: tuple[int, int],
+    shape: tuple[int, int],
+    margin: int = CONFIG.margin,
+) -> BlockDraw:
+    """The window of `shape` parents whose first is `origin`, of images whose every cell is valid;
+    cells outside hold the values of the nearest inside.
+    """
+    n, batch = block.octaves, len(image)
+    fine, parents = (means(image, level) for level in (block.fine, block.parents))
+    size = parents.shape[2:]
+
+    def places(axis: int, more: int) -> Tensor:
+        return torch.arange(origin[axis] - more, origin[axis] + shape[axis] + more)
+
+    def nearest(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        h, w = values.shape[2:]
+        return values[:, :, rows.clamp(0, h - 1)][..., columns.clamp(0, w - 1)]
+
+    children = [
+        torch.arange(first << n, (first + side) << n)
+        for first, side in zip(origin, shape, strict=True)
+    ]
+    there = [(places(axis, margin) >= 0) & (places(axis, margin) < size[axis]) for axis in (0, 1)]
+    present = (there[0][:, None] & there[1])[None, None].to(image).expand(batch, -1, -1, -1)
+    inner = slice(margin, -margin)
+    centres = [
+        ((places(axis, 0) + 0.5) * 2.0**block.parents).to(image).expand(batch, -1)
+        for axis in (0, 1)
+    ]
+    around = nearest(parents, places(0, margin), places(1, margin))
+    weight = present[:, :, inner, inner]
+    return BlockDraw(nearest(fine, *children), around, present, weight, *centres)
+
+
+def paint64(passes: Sequence[Pass], recipe: Recipe, **options: Any) -> np.ndarray:
+    """`jobs.painting.paint` of two channels with fields in float64."""
+
+    def field(work: Path | None, name: str, shape: tuple[int, int, int]) -> ArrayField:
+        return ArrayField(np.zeros(shape))
+
+    with patch("jobs.painting._field", field):
+        return paint(passes, recipe, channels=2, **options).array
+
+
+def area_means(values: np.ndarray, down: int) -> np.ndarray:
+    return means(torch.from_numpy(values)[None], down)[0].numpy()

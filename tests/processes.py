@@ -49,9 +49,10 @@ def run(
     arguments: Sequence[str],
     launcher: Sequence[str] = ("-m",),
     good: Sequence[int] = (0,),
+    more: Mapping[str, str] = {},
 ) -> str:
     """Run a command to its end; its output. It must end with one of the exit codes `good`."""
-    process = start(module, arguments, launcher)
+    process = start(module, arguments, launcher, more)
     output, _ = process.communicate(timeout=240)
     assert process.returncode in good, output
     return output

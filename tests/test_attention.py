@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fields import condition, denoiser
+from fields import block_of, condition, denoiser
 from torch import Tensor
 
 from model.attention import Condition, Source, TokenEncoder, look_up
@@ -66,20 +66,20 @@ def test_look_up_is_constant_beyond_the_rim_and_with_one_token() -> None:
 
 
 def test_a_dropped_condition_keeps_places_and_forgets_content() -> None:
-    net = denoiser()
-    given = condition(2)
+    block, given = block_of(denoiser(), "A"), condition(2)
     other = dataclasses.replace(given, values=given.values + 3.0)
-    dropped, dropped_other = net.encode(given.dropped()), net.encode(other.dropped())
+    dropped, dropped_other = block.encode(given.dropped()), block.encode(other.dropped())
+    kept, kept_other = block.encode(given), block.encode(other)
+    assert dropped and dropped_other and kept and kept_other
     assert torch.equal(dropped.attended, dropped_other.attended)
     assert torch.equal(dropped.lattice, dropped_other.lattice)
-    assert not torch.allclose(net.encode(given).attended, net.encode(other).attended)
+    assert not torch.allclose(kept.attended, kept_other.attended)
     assert not torch.allclose(dropped.attended[0, 0], dropped.attended[0, 1])
 
 
 def test_the_order_of_attended_tokens_does_not_matter() -> None:
     """Beyond the finest lattice, whose order is its geometry, tokens are a set."""
-    net = denoiser()
-    given = condition(1)
+    block, given = block_of(denoiser(), "T"), condition(1)
     extra = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     places = torch.rand(1, 4, 2, dtype=torch.float64) * 64
 
@@ -90,9 +90,9 @@ def test_the_order_of_attended_tokens_does_not_matter() -> None:
             centres_px=torch.cat([given.centres_px, places[:, order]], 1),
             footprints_px=torch.cat([given.footprints_px, torch.full((1, 4), 64.0).double()], 1),
         )
-        means = torch.linspace(-1, 1, 8 * 12 * 2, dtype=torch.float64).reshape(1, 8, 12, 2)
-        ones, log_snr = torch.ones(1, 8, 12, 1).double(), torch.zeros(1).double()
-        return net.lattice(means, ones, log_snr, net.encode(wide)).layer.estimate
+        y = torch.linspace(-1, 1, 2 * 8 * 12, dtype=torch.float64).reshape(1, 2, 8, 12)
+        ones, log_snr = torch.ones(1, 1, 8, 12).double(), torch.zeros(1).double()
+        return block.body(y, ones, block.encode(wide), log_snr)
 
     torch.testing.assert_close(estimate([0, 1, 2, 3]), estimate([2, 0, 3, 1]))
     assert not torch.allclose(estimate([0, 1, 2, 3]), estimate([0, 0, 0, 0]))

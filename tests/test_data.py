@@ -1,20 +1,31 @@
 """Batches are a function of (seed, step): of nothing else, however many ranks share them."""
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chain import Chain
+from test_pack import check_window, means_of
 
-from conditioning.tokens import TokenScale, fit, to_condition
+from conditioning.tokens import TokenScale, dihedral, fit, to_condition
 from jobs.data import Batches, Sample, turn
-from model.draw import PointDraw
-from pipeline.draws import RegionLevels
+from model.attention import look_up
+from model.design import CascadeDesign, Extent, WindowsBelow
+from model.draw import BlockDraw, PointDraw, TopDraw
+from pipeline.draws import CascadeLevels, RegionLevels, filled
 from pipeline.embeddings import TokenLattice
-from pipeline.packfile import ABSENT, DrawnPoints, PackSet
-from pipeline.store import Store
+from pipeline.packfile import (
+    ABSENT,
+    PART_SCALE,
+    DrawnPoints,
+    DrawnTop,
+    DrawnWindow,
+    PackSet,
+    RegionEntry,
+)
 
 
 def equal(a: object, b: object) -> bool:
@@ -25,12 +36,73 @@ def equal(a: object, b: object) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("name", ["zoom", "uniform", "mixed"])
+SIDE, BLOCKS = 160, (WindowsBelow(3, 5, 2), WindowsBelow(1, 3, 3), WindowsBelow(0, 1, 5))
+DESIGN = CascadeDesign(points=2_500, coarse_level=5, blocks=BLOCKS)
+DRAWS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """What was packed: filled pixels, and which are valid."""
+
+    pixels: np.ndarray
+    valid: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def regions() -> list[Region]:
+    random = np.random.default_rng(6)
+    found = []
+    for _ in range(3):
+        pixels = random.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8)
+        valid = random.random((SIDE, SIDE)) < 0.9
+        valid[:70, 100:] = False
+        found.append(Region(filled(pixels, valid, 5), valid))
+    return found
+
+
+@pytest.fixture(scope="module")
+def packs(
+    chain: Chain, regions: list[Region], tmp_path_factory: pytest.TempPathFactory
+) -> PackSet:
+    """The chain's packs, but of regions and blocks so small that a draw holds several windows of
+    each, and with two token lattices whose first centres are not their pixels' middle.
+    """
+    path, like = tmp_path_factory.mktemp("packed"), PackSet.open(chain.packs)
+    random, entries, payload = np.random.default_rng(7), [], b""
+    for number, region in enumerate(regions):
+        levels, extent = CascadeLevels.of(region.pixels, region.valid, 5), Extent(SIDE, SIDE)
+        tokens = random.normal(size=(5 * 4 + 2, len(like.statistics.token_mean)))
+        members = [npy(tokens.astype(np.float16)), npy(levels.lattice(256))]
+        keys = [(like.settings.seed, number, draw) for draw in range(DRAWS)]
+        members += [levels.payload(DESIGN, extent, key, 256) for key in keys]
+        ends = np.cumsum([len(payload), *map(len, members)]).tolist()
+        spans = tuple(zip(ends, map(len, members), strict=False))
+        split, first = "train" if number else "val", ((24.0, 16.0), (50.0, 90.0))
+        entries.append(RegionEntry(number, "image", 0, 0, split, "shard", first, spans))
+        payload += b"".join(members)
+    (path / "shard").write_bytes(payload)
+    settings = dataclasses.replace(
+        like.settings, side_px=SIDE, lattices=((32, 5, 4), (64, 1, 2)), packs_per_region=DRAWS
+    )
+    found = PackSet(path, settings, like.statistics, entries)
+    found.design = DESIGN
+    return found
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ["T", "A", "B", "C", "uniform", "mixed"])
 def test_ranks_share_the_global_batch(
-    chain: Chain, point_packs: dict[str, Path], name: str
+    packs: PackSet, point_packs: dict[str, Path], name: str
 ) -> None:
-    packs = PackSet.open(chain.packs if name == "zoom" else point_packs[name])
-    batches = Batches(packs, batch=4, seed=5)
+    part = None if name in point_packs else "TABC".index(name)
+    given = PackSet.open(point_packs[name]) if part is None else packs
+    batches = Batches(given, batch=4, seed=5, part=part)
     whole = batches.at(7)
     parts = [batches.at(7, rank, 2) for rank in range(2)]
     for field in dataclasses.fields(whole.draw):
@@ -47,49 +119,142 @@ def test_ranks_share_the_global_batch(
     assert not equal(batches.at(8).seeds, whole.seeds)
 
 
-def test_an_epoch_uses_every_pack_once(chain: Chain) -> None:
-    packs = PackSet.open(chain.packs)
-    batches = Batches(packs, batch=1, seed=0, augment=False)
-    pairs = len([e for e in packs.regions if e.split == "train"]) * 2
-    seen = [batches.at(step).draw.windows.numpy().tobytes() for step in range(2 * pairs)]
-    assert len(set(seen[:pairs])) == pairs
-    assert sorted(seen[:pairs]) == sorted(seen[pairs:])
-    assert seen[:pairs] != seen[pairs:]
+@pytest.mark.parametrize("block", range(3))
+def test_an_epoch_uses_every_window_once(packs: PackSet, block: int) -> None:
+    """Of every training region and draw; the next epoch in another order."""
+    batches = Batches(packs, batch=1, seed=0, augment=False, part=1 + block)
+    each = packs.windows(block).number
+    held = [
+        packs.window(entry, draw, block, number).fine.tobytes()
+        for entry in packs.regions[1:]
+        for draw in range(DRAWS)
+        for number in range(each)
+    ]
+
+    def window(step: int) -> bytes:
+        values = batches.at(step).draw.values[0].permute(1, 2, 0).numpy()
+        fixed = np.rint(packs.statistics.to_pixels(values) * packs.settings.value_scale)
+        return fixed.astype(np.uint16).tobytes()
+
+    assert each > 1 and len(held) == 2 * DRAWS * each
+    seen = [window(step) for step in range(2 * len(held))]
+    assert sorted(seen[: len(held)]) == sorted(seen[len(held) :]) == sorted(held)
+    assert seen[: len(held)] != seen[len(held) :]
+
+
+def test_parts_see_other_noise_and_the_top_block_each_region_once(packs: PackSet) -> None:
+    seeds = [Batches(packs, batch=4, seed=0, part=part).at(2).seeds for part in range(4)]
+    assert len(torch.cat(seeds).unique()) == 16
+    top = Batches(packs, batch=2, seed=0, augment=False, part=0)
+    lattices = {tuple(packs.lattice(entry).ravel()[:9]) for entry in packs.regions[1:]}
+    for step in range(3):
+        draw = top.at(step).draw
+        assert isinstance(draw, TopDraw)
+        pixels = packs.statistics.to_pixels(draw.values.permute(0, 2, 3, 1).numpy())
+        fixed = np.rint(pixels * 256).astype(np.uint16)
+        fixed[~draw.present[:, 0].numpy().astype(bool)] = ABSENT
+        assert {tuple(one.ravel()[:9]) for one in fixed} == lattices
+    assert draw.present.mean() < 1
+
+
+def turned_image(values: np.ndarray, element: int) -> np.ndarray:
+    """The definition, of (..., y, x)."""
+    values = values.swapaxes(-2, -1) if element & 4 else values
+    values = values[..., ::-1, :] if element & 1 else values
+    return values[..., ::-1] if element & 2 else values
 
 
 @pytest.mark.parametrize("element", range(8))
-def test_a_turned_sample_is_the_sample_of_the_turned_region(chain: Chain, element: int) -> None:
-    packs, store = PackSet.open(chain.packs), Store.open(chain.store)
-    entry, settings = packs.regions[0], packs.settings
-    pixels = store.image(entry.image).read(entry.y, entry.x, 256, 256)
-    drawn = packs.draw(entry, 0)
-    sample = Sample(drawn, packs.tokens(entry))
-    turned = turn(sample, element, 256)
-    image = pixels
-    if element & 4:
-        image = image.swapaxes(1, 2)
-    if element & 1:
-        image = image[:, ::-1]
-    if element & 2:
-        image = image[:, :, ::-1]
-    levels = RegionLevels.of(image, np.ones((256, 256), bool), settings.coarse_level)
-    np.testing.assert_array_equal(turned.drawn.lattice, levels.lattice(settings.value_scale))
-    expected = levels.windows(turned.drawn.origins, settings.window, settings.value_scale)
-    np.testing.assert_array_equal(turned.drawn.windows, expected)
-    assert (turned.drawn.origins % 2 == 0).all()
-    # Tokens turn with the pixels: a token's place maps to where the same tile went.
-    for before, after in zip(sample.tokens, turned.tokens, strict=True):
+def test_a_turned_sample_is_the_sample_of_the_turned_region(
+    packs: PackSet, regions: list[Region], element: int
+) -> None:
+    """Values, parents with their continued border, weights and place of windows of every block;
+    and the top lattice.
+    """
+    entry, region = packs.regions[1], regions[1]
+    tokens, scale = packs.tokens(entry), packs.settings.value_scale
+    pixels, valid = (turned_image(part, element) for part in (region.pixels, region.valid))
+    top = turn(Sample(DrawnTop(packs.lattice(entry)), tokens), element, SIDE).drawn
+    assert isinstance(top, DrawnTop)
+    np.testing.assert_array_equal(top.lattice, CascadeLevels.of(pixels, valid, 5).lattice(scale))
+    means, outside = means_of(pixels, 5), 0
+    for block in range(3):
+        for draw in range(DRAWS):
+            for number in range(packs.windows(block).number):
+                drawn = packs.window(entry, draw, block, number)
+                turned = turn(Sample(drawn, tokens), element, SIDE).drawn
+                assert isinstance(turned, DrawnWindow)
+                check_window(turned, means, valid, scale, DESIGN.margin)
+                outside += int((drawn.weight == 0).any())
+    assert outside > 3
+
+
+@pytest.mark.parametrize("element", range(8))
+def test_tokens_turn_with_the_pixels(packs: PackSet, element: int) -> None:
+    """A token's place maps to where the same tile went, and what a window looks up at its parents'
+    centres turns with the window.
+    """
+    entry = packs.regions[2]
+    tokens = packs.tokens(entry)
+    turned_tokens = dihedral(tokens, element, SIDE)
+    for before, after in zip(tokens, turned_tokens, strict=True):
         marks = {}
         for (i, j), value in np.ndenumerate(before.values[..., 0]):
             y = before.y_px + i * before.footprint_px
             x = before.x_px + j * before.footprint_px
             y, x = (x, y) if element & 4 else (y, x)
-            y = 256 - y if element & 1 else y
-            x = 256 - x if element & 2 else x
+            y = SIDE - y if element & 1 else y
+            x = SIDE - x if element & 2 else x
             marks[(y, x)] = value
         for (i, j), value in np.ndenumerate(after.values[..., 0]):
             place = (after.y_px + i * after.footprint_px, after.x_px + j * after.footprint_px)
             assert marks[place] == value
+    batches = Batches(packs, batch=1, seed=0)
+
+    def looked_up(sample: Sample) -> np.ndarray:
+        draw = batches.draw([sample.drawn])
+        assert isinstance(draw, BlockDraw)
+        finest = sample.tokens[0]
+        lattice = torch.from_numpy(finest.values.astype(np.float32).transpose(2, 0, 1).copy())
+        first = torch.tensor([[finest.y_px, finest.x_px]])
+        pitch = torch.tensor([float(finest.footprint_px)])
+        return look_up(lattice[None], first, pitch, draw.y_px, draw.x_px)[0, ..., 0].numpy()
+
+    for block in range(3):
+        sample = Sample(packs.window(entry, 0, block, 0), tokens)
+        expected = turned_image(looked_up(sample), element)
+        np.testing.assert_allclose(looked_up(turn(sample, element, SIDE)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_a_batch_of_windows_holds_what_was_packed(packs: PackSet, block: int) -> None:
+    """Standardised; which parents exist, the valid part of each, and their centres in pixels."""
+    batches = Batches(packs, batch=2, seed=1)
+    windows = [
+        packs.window(packs.regions[0], draw, block, number)
+        for draw in range(DRAWS)
+        for number in range(packs.windows(block).number)
+    ]
+    draw = batches.draw(windows)
+    assert isinstance(draw, BlockDraw)
+    kind, margin, seen = BLOCKS[block], DESIGN.margin, 0
+    extent = SIDE >> kind.parents
+    for i, window in enumerate(windows):
+        for values, fixed in ((draw.values, window.fine), (draw.parents, window.parents)):
+            pixels = packs.statistics.to_pixels(values[i].permute(1, 2, 0).numpy())
+            np.testing.assert_allclose(pixels * 256, fixed, atol=0.1)
+        np.testing.assert_allclose(draw.weight[i, 0], window.weight / PART_SCALE, atol=1e-6)
+        y, x = (
+            first + np.arange(-margin, side + margin)
+            for first, side in zip(window.origin, window.weight.shape, strict=True)
+        )
+        there = [(at >= 0) & (at < extent) for at in (y, x)]
+        np.testing.assert_array_equal(draw.parents_present[i, 0], np.outer(*there))
+        for centres, at in ((draw.y_px, y), (draw.x_px, x)):
+            expected = (at[margin:-margin] + 0.5) * 2**kind.parents
+            np.testing.assert_array_equal(centres[i], expected)
+        seen += int(not there[0].all())
+    assert seen
 
 
 @pytest.mark.parametrize("element", range(8))

@@ -12,42 +12,169 @@ from chain import Chain, pack_arguments, succeed
 from scipy.ndimage import gaussian_filter
 
 import pipeline.pack
-from model.design import Extent, PointDesign
-from model.haar import slope_detail
-from pipeline.draws import Moments, RegionLevels, mollified
-from pipeline.packfile import ABSENT, DrawnPoints, PackSet
+from model.design import CascadeDesign, Extent, PointDesign, WindowsBelow
+from model.haar import predicted, up
+from pipeline.draws import CascadeLevels, Moments, RegionLevels, filled, mollified
+from pipeline.packfile import (
+    ABSENT,
+    PART_SCALE,
+    DrawnPoints,
+    DrawnWindow,
+    PackSet,
+    window_layouts,
+)
 from pipeline.store import Store
 
 
-def cell_mean(pixels: np.ndarray, level: int, y: int, x: int) -> np.ndarray:
-    """The definition: the mean over the square of pixels, in float64."""
-    side = 1 << level
-    square = pixels[:, y * side : (y + 1) * side, x * side : (x + 1) * side]
-    return square.astype(np.float64).mean(axis=(1, 2))
+def means_of(pixels: np.ndarray, coarse: int) -> list[np.ndarray]:
+    """The definition of every level, (h, w, c) in float64."""
+    found = [pixels.transpose(1, 2, 0).astype(np.float64)]
+    for _ in range(coarse):
+        h, w, c = found[-1].shape
+        found.append(found[-1].reshape(h // 2, 2, w // 2, 2, c).mean(axis=(1, 3)))
+    return found
+
+
+def inside(first: int, side: int, extent: int) -> np.ndarray:
+    """Rows of a window, those outside replaced by the nearest inside."""
+    return np.clip(np.arange(first, first + side), 0, extent - 1)
+
+
+def check_window(
+    drawn: DrawnWindow, means: list[np.ndarray], valid: np.ndarray, scale: int, margin: int
+) -> None:
+    """Fine cells and parents are the levels' own, continued from the border; weights are the parts
+    of the parents that are valid.
+    """
+    block, n, (y, x) = drawn.block, drawn.block.octaves, drawn.origin.tolist()
+    h, w = drawn.weight.shape
+    fine, parents = means[block.fine], means[block.parents]
+    rows, columns = inside(y << n, h << n, len(fine)), inside(x << n, w << n, fine.shape[1])
+    assert abs(drawn.fine / scale - fine[np.ix_(rows, columns)]).max() <= 0.5 / scale + 1e-9
+    rows, columns = (
+        inside(first - margin, side + 2 * margin, extent)
+        for first, side, extent in zip((y, x), (h, w), parents.shape[:2], strict=True)
+    )
+    assert abs(drawn.parents / scale - parents[np.ix_(rows, columns)]).max() <= 0.5 / scale + 1e-9
+    around = np.pad(means_of(valid[None], block.parents)[-1][..., 0], 1)
+    rows, columns = (
+        np.clip(np.arange(first, first + side), -1, extent) + 1
+        for first, side, extent in zip((y, x), (h, w), parents.shape[:2], strict=True)
+    )
+    part = around[np.ix_(rows, columns)]
+    assert abs(drawn.weight / PART_SCALE - part).max() <= 0.5 / PART_SCALE + 1e-9
 
 
 def test_packs_hold_area_means_of_the_stores_pixels(chain: Chain) -> None:
     packs, store = PackSet.open(chain.packs), Store.open(chain.store)
-    settings, random = packs.settings, np.random.default_rng(0)
+    settings, design = packs.settings, packs.design
+    assert isinstance(design, CascadeDesign)
     for entry in packs.regions[:3]:
         region = store.regions()[entry.key]
         pixels = store.image(region.image).read(region.y, region.x, region.side, region.side)
-        lattice = packs.lattice(entry)
-        for y, x in random.integers(8, size=(10, 2)).tolist():
-            expected = cell_mean(pixels, 5, y, x)
-            assert abs(lattice[y, x] / settings.value_scale - expected).max() <= 1 / 512
+        means, valid = means_of(pixels, 8), np.ones(pixels.shape[1:])
+        assert abs(packs.lattice(entry) / settings.value_scale - means[8]).max() <= 1 / 512
         for pack in range(settings.packs_per_region):
-            drawn = packs.draw(entry, pack)
-            windows, origins = drawn.windows, drawn.origins
-            for _ in range(100):
-                chain_, level, i, j = (int(random.integers(n)) for n in windows.shape[:4])
-                y, x = origins[chain_, level] + (i, j)
-                value = windows[chain_, level, i, j]
-                if min(y, x) >= 0 and max(y, x) < 256 >> level:
-                    expected = cell_mean(pixels, level, y, x)
-                    np.testing.assert_array_equal(value / settings.value_scale, expected)
-                else:
-                    assert (value == ABSENT).all()
+            origins = design.draw(Extent(256, 256), (settings.seed, entry.key, pack))
+            for block, (kind, of_block) in enumerate(zip(design.blocks, origins, strict=True)):
+                assert len(of_block) == packs.windows(block).number
+                for number, origin in enumerate(of_block):
+                    drawn = packs.window(entry, pack, block, number)
+                    assert drawn.block == kind
+                    np.testing.assert_array_equal(drawn.origin, origin)
+                    check_window(drawn, means, valid, settings.value_scale, design.margin)
+
+
+BLOCKS = (WindowsBelow(3, 5, 2), WindowsBelow(1, 3, 3), WindowsBelow(0, 1, 5))
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_windows_of_every_block_are_those_of_the_filled_region(holes: bool) -> None:
+    """Windows that stick out and windows over holes, in the order that `WindowLayout` says."""
+    random = np.random.default_rng(4)
+    pixels = random.integers(0, 2**16 - 2, (2, 160, 192), dtype=np.uint16)
+    valid = np.ones((160, 192), bool)
+    if holes:
+        valid[random.random(valid.shape) < 0.1] = False
+        valid[40:130, 50:90] = False
+    levels, image = CascadeLevels.of(pixels, valid, 5), Extent(160, 192)
+    whole = filled(pixels, valid, 5)
+    np.testing.assert_array_equal(whole[:, valid], pixels[:, valid])
+    means, seen = means_of(whole, 5), 0
+    design = CascadeDesign(points=20_000, coarse_level=5, blocks=BLOCKS)
+    for draw in range(4):
+        key = (7, 0, draw)
+        values = np.frombuffer(levels.payload(design, image, key, 1), np.uint16)
+        origins = design.draw(image, key)
+        for layout, of_block in zip(window_layouts(design, image, 2), origins, strict=True):
+            assert layout.number == len(of_block)
+            for number, origin in enumerate(of_block):
+                start = (layout.start + number * layout.window_bytes) // 2
+                parts = np.split(values[start:], np.cumsum(layout.sizes))[:3]
+                (h, w), n, more = layout.shape, layout.block.octaves, 2 * design.margin
+                drawn = DrawnWindow(
+                    layout.block,
+                    parts[0].reshape(h << n, w << n, 2),
+                    parts[1].reshape(h + more, w + more, 2),
+                    parts[2].reshape(h, w),
+                    origin,
+                )
+                check_window(drawn, means, valid, 1, design.margin)
+                seen += int((origin < 0).any())
+        assert start + sum(layout.sizes) == len(values)
+    assert seen > 10
+
+
+def test_holes_have_the_mean_of_what_is_valid_around_them() -> None:
+    """Of the smallest dyadic cell that has any; the top lattice leaves out what is mostly hole."""
+    random = np.random.default_rng(5)
+    pixels = random.integers(0, 256, (2, 64, 64), dtype=np.uint8)
+    valid = np.ones((64, 64), bool)
+    valid[8:16, 8:16] = False
+    valid[3, 5] = False
+    valid[32:, 32:] = False
+    valid[:32, 32:][random.random((32, 32)) < 0.49] = False
+    whole = filled(pixels, valid, 5)
+
+    def mean(y: int, x: int, side: int) -> np.ndarray:
+        kept = valid[y : y + side, x : x + side]
+        return pixels[:, y : y + side, x : x + side][:, kept].mean(axis=1)
+
+    np.testing.assert_array_equal(whole[:, 3, 5], np.rint(mean(2, 4, 2)))
+    for y, x in ((8, 8), (15, 11)):
+        np.testing.assert_array_equal(whole[:, y, x], np.rint(mean(0, 0, 16)))
+    # No pixel of the last top cell is valid: it has the region's mean.
+    everything = pixels[:, valid].mean(axis=1)[:, None, None]
+    assert abs(whole[:, 32:, 32:] - everything).max() <= 0.5 + 1e-9
+    levels = CascadeLevels.of(pixels, valid, 5)
+    for level, part in enumerate(levels.parts):
+        expected = means_of(valid[None], level)[-1][..., 0]
+        np.testing.assert_allclose(part, expected, atol=1e-7)
+        np.testing.assert_array_equal(levels.levels.means(level), means_of(whole, level)[-1])
+    lattice = levels.lattice(256)
+    present = lattice[..., 0] != ABSENT
+    np.testing.assert_array_equal(present, means_of(valid[None], 5)[-1][..., 0] >= 0.5)
+    assert present.tolist() == [[True, True], [True, False]]
+    assert abs(lattice[present] / 256 - means_of(whole, 5)[-1][present]).max() <= 1 / 512
+
+
+def test_a_sample_reads_its_own_bytes_only(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One window of one block: its fine cells, its parents and their weights, in uint16."""
+    packs = PackSet.open(chain.packs)
+    read: list[int] = []
+    honest = packs._range
+
+    def counted(*arguments: object, **named: object) -> bytes:
+        payload = honest(*arguments, **named)  # type: ignore[arg-type]
+        read.append(len(payload))
+        return payload
+
+    monkeypatch.setattr(packs, "_range", counted)
+    for block, fine in enumerate((8, 64, 128)):
+        parents = (1, 8, 32)[block]
+        packs.window(packs.regions[0], 1, block, 0)
+        expected = 3 * fine**2 + 3 * (parents + 6) ** 2 + parents**2
+        assert read.pop() == 2 * expected and not read
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -171,7 +298,9 @@ def test_any_webdataset_reader_can_stream_a_shard(chain: Chain) -> None:
     assert sorted(samples) == [entry.key for entry in packs.regions]
     for entry in packs.regions:
         bytes_of_pack = samples[entry.key]["p01.bin"]
-        assert bytes_of_pack == packs.draw(entry, 1).windows.tobytes()
+        windows = (packs.window(entry, 1, block, 0) for block in range(3))
+        parts = (part for w in windows for part in (w.fine, w.parents, w.weight))
+        assert bytes_of_pack == b"".join(part.tobytes() for part in parts)
         assert json.loads(samples[entry.key]["json"])["image"] == entry.image
 
 
@@ -195,13 +324,37 @@ def test_octave_variances_add_up_to_the_whole() -> None:
     flat = pixels.reshape(3, -1).astype(np.float64)
     np.testing.assert_allclose(total, np.cov(flat, bias=True), rtol=1e-9)
     assert len(moments.details) == 7
-    assert len(moments.residuals) == 3
-    # The residual is what is left of the details without the slopes of exact parents.
-    parents = torch.from_numpy(np.pad(levels.means(1), ((1, 1), (1, 1), (0, 0))))[None]
-    inside = torch.from_numpy(np.pad(np.ones((64, 64)), 1))[None, :, :, None]
-    detail = levels.means(0) - levels.means(1).repeat(2, 0).repeat(2, 1)
-    left = (detail - slope_detail(parents, inside)[0].numpy()).reshape(-1, 3)
-    np.testing.assert_allclose(moments.residuals[0][1], left.T @ left)
+    assert moments.residuals == []
+
+
+def test_residuals_are_what_parents_leave_of_the_details() -> None:
+    """Of every octave below the top, on the central square, without what bicubic interpolation of
+    the parents of its block predicts; of a plane that leaves a twentieth of the power at most.
+    """
+    random = np.random.default_rng(1)
+    pixels = random.integers(0, 256, (3, 160, 192), dtype=np.uint8)
+    levels, side = RegionLevels.of(pixels, np.ones((160, 192), bool), 5), 96
+    moments = Moments.of(levels, BLOCKS, side)
+    assert len(moments.residuals) == 5
+    means = [torch.from_numpy(m.transpose(2, 0, 1).copy())[None] for m in means_of(pixels, 5)]
+    for block in BLOCKS:
+        # Of the whole image, from which the central square is cut.
+        around = torch.nn.functional.pad(means[block.parents], (2, 2, 2, 2), mode="replicate")
+        n, told = block.octaves, predicted(around, block.octaves, 2)
+        for level in range(block.fine, block.parents):
+            down = level - block.fine
+            finer = torch.nn.functional.avg_pool2d(means[block.fine] - told, 1 << down)
+            detail = finer - up(torch.nn.functional.avg_pool2d(finer, 2), 1)
+            h, w = (min(side >> n, extent >> block.parents) for extent in (160, 192))
+            y, x = ((160 >> block.parents) - h) // 2, ((192 >> block.parents) - w) // 2
+            k = n - down
+            cut = detail[0, :, y << k : (y + h) << k, x << k : (x + w) << k].flatten(1).numpy()
+            count, energy = moments.residuals[level]
+            np.testing.assert_allclose(energy / count, cut @ cut.T / cut.shape[1], rtol=1e-6)
+    plane = np.mgrid[:320, :384].astype(np.uint16)  # its border is no plane
+    smooth = Moments.of(RegionLevels.of(plane, np.ones((320, 384), bool), 5), BLOCKS, 8)
+    for (count, left), (_, before) in zip(smooth.residuals, smooth.details, strict=False):
+        assert np.trace(left) / count < 0.05 * np.trace(before) / count
 
 
 def test_a_cell_with_an_invalid_pixel_is_absent_at_every_level() -> None:
@@ -246,11 +399,13 @@ def test_other_settings_are_refused(
     assert "ask for --points" in capsys.readouterr().err
     for options, said in (
         (["--design", "uniform", "--points", "70000"], "70000 points are more than the 65536"),
-        (["--design", "spiral"], "'spiral' does not exist; choose one of zoom, uniform, mixed"),
+        (["--design", "spiral"], "'spiral' does not exist; choose one of cascade, uniform, mixed"),
         (["--lattice"], "do not depend on --lattice"),
         (["--mollifier", "-1"], "--mollifier takes a width from 0"),
         (["--mollifier", "nan"], "--mollifier takes a width from 0"),
         (["--coarse-level", "0"], "--coarse-level takes a level from 1 to 8"),
+        (["--coarse-level", "7"], "first block's parents are cells of level 8"),
+        (["--design", "zoom"], "'zoom' does not exist; choose one of cascade"),
     ):
         assert pipeline.pack.main([*arguments, *options]) == 2
         assert said in capsys.readouterr().err
@@ -259,4 +414,12 @@ def test_other_settings_are_refused(
     assert pipeline.pack.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="no finished packs"):
+        PackSet.open(tmp_path)
+
+
+def test_packs_of_the_pyramid_that_was_before_are_refused(chain: Chain, tmp_path: Path) -> None:
+    content = json.loads((chain.packs / "index.json").read_text())
+    content["settings"] |= {"design": "zoom", "halo": 4, "coarse_level": 5, "window": 32}
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"cascade of octave blocks has replaced; pack and train"):
         PackSet.open(tmp_path)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.painting import Recipe, paint
-from model.family import make_painter
+from jobs.painting import Recipe, paint, work_of
+from model.family import make_passes
 from model.generate import (
     ArrayField,
     Estimator,
@@ -30,7 +30,7 @@ from model.spectrum import NoiseSpectrum
 
 MEAN, RATIO = 0.7, 2.5
 LOW, HIGH = -9.0, 9.0
-MOLLIFIED = MollifiedNoise(NoiseTree(NoiseSpectrum(9, 5, 0.0), channels=2), sigma_px=1.0)
+MOLLIFIED = MollifiedNoise(NoiseTree(NoiseSpectrum(9), channels=2), sigma_px=1.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def test_a_gaussian_field_is_painted_with_its_mean_and_covariance_whatever_the_t
     eta: float,
 ) -> None:
     shape, steps = (1, 384, 384), 12
-    noise = MollifiedNoise(NoiseTree(NoiseSpectrum(9, 5, 0.0), channels=1), sigma_px=1.0)
+    noise = MollifiedNoise(NoiseTree(NoiseSpectrum(9), channels=1), sigma_px=1.0)
     whole = painted(GaussianPainter(384), noise, DDIM(eta), shape, (LOW, HIGH), steps)
     tiled = painted(GaussianPainter(150), noise, DDIM(eta), shape, (LOW, HIGH), steps)
     np.testing.assert_array_equal(whole, tiled)
@@ -124,48 +124,49 @@ def test_white_noise_in_a_mollified_process_would_be_seen() -> None:
     assert nyquist[1] > 20 * nyquist[0]
 
 
-@pytest.mark.parametrize("solver", [DDIM(1.0), DDIM(0.3)])
-def test_tiles_of_a_pyramid_change_nothing(solver: Solver) -> None:
-    net, given = fields.denoiser(), fields.condition(1)
-    tree = NoiseTree(fields.OCTAVES.noise, 2)
-    results = []
-    for tile in (64, 24):
-        painter = make_painter(net, given, guidance=1.5, tile=tile, level=0)
-        bounds = net.octaves.log_snr_range()
-        results.append(painted(painter, tree, solver, (2, 64, 96), bounds, 3))
-    np.testing.assert_allclose(results[0], results[1], atol=1e-9)
-    assert np.abs(results[0]).max() > 0.1
-
-
 class KilledError(Exception):
     pass
 
 
-def killed_at(step: int) -> Callable[[int, int], None]:
+def killed_at(work: int) -> Callable[[int, int], None]:
+    """Amid the tiles of the step before which so much work has been done."""
     seen = []
 
-    def report(number: int, cells: int) -> None:
-        seen.append(number)
-        if seen.count(step) == 2:  # amid the tiles of a step
+    def report(start: int, amount: int) -> None:
+        seen.append(start)
+        if seen.count(work) == 2:
             raise KilledError
 
     return report
 
 
 @pytest.mark.parametrize(("solver", "eta"), [("ancestral", None), ("ddim", 0.5)])
+@pytest.mark.parametrize("name", ["A", "B"])
 def test_a_painting_killed_amid_a_step_ends_bit_for_bit_like_an_undisturbed_one(
-    tmp_path: Path, solver: str, eta: float | None
+    tmp_path: Path, name: str, solver: str, eta: float | None
 ) -> None:
-    net = fields.denoiser()
-    painter = make_painter(net, fields.condition(1), guidance=1.0, tile=32, level=0)
+    """In whatever pass: what the ones before have made stays, and is not made again."""
     recipe = Recipe(64, 96, 5, seed=3, guidance=1.0, solver=solver, eta=eta)
-    undisturbed = paint(net, painter, recipe).array
+    passes = make_passes(
+        fields.denoiser(), fields.condition(1), guidance=1.0, tile=8, level=0, steps=5
+    )
+    undisturbed = paint(passes, recipe, channels=2).array
+    names = [each.name for each in passes]
+    before = names.index(name)
+    work = [work_of(each, recipe) for each in passes]
+    third = sum(work[:before]) + work[before] * 2 // 5
     with pytest.raises(KilledError):
-        paint(net, painter, recipe, tmp_path, killed_at(2))
-    resumed = paint(net, painter, recipe, tmp_path).array
-    np.testing.assert_array_equal(resumed, undisturbed)
-    still = paint(net, painter, Recipe(64, 96, 5, seed=3, guidance=1.0, solver="ddim")).array
-    assert np.abs(still - undisturbed).max() > 0.05
+        paint(passes, recipe, channels=2, work=tmp_path, report=killed_at(third))
+    done: list[tuple[int, int]] = []
+    resumed = paint(
+        passes, recipe, channels=2, work=tmp_path, report=lambda *work: done.append(work)
+    )
+    np.testing.assert_array_equal(resumed.array, undisturbed)
+    assert done[0][0] == third and sum(amount for _, amount in done) == sum(work) - third
+    again = paint(passes, recipe, channels=2, work=tmp_path, report=killed_at(0)).array
+    np.testing.assert_array_equal(again, undisturbed)
+    other = Recipe(64, 96, 5, seed=3, guidance=1.0, solver="ddim")
+    assert np.abs(paint(passes, other, channels=2).array - undisturbed).max() > 0.05
 
 
 def test_deterministic_solvers_ask_for_no_noise() -> None:

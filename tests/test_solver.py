@@ -6,10 +6,13 @@ noise it starts from and of the noise of every step. Columns are these, rows are
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from model.cascade.config import BlockConfig, CascadeConfig, TopConfig
+from model.cascade.denoiser import MARGIN_NATS
 from model.process import Octaves
 from model.solver import (
     DDIM,
@@ -21,6 +24,7 @@ from model.solver import (
     uniform_steps,
 )
 from model.spectrum import NoiseSpectrum
+from model.wiener import mode_offsets
 
 MEAN, SIGNAL, NOISE = 0.7, 0.3, 0.02
 LOW, HIGH = -9.0, 9.0
@@ -129,30 +133,61 @@ def test_a_step_from_the_truth_keeps_the_marginal(eta: float) -> None:
     assert float(after[1:].norm()) == pytest.approx(sigma_after)
 
 
-def decibels(name: str, floor: float, steps: int, eta: float | None = None) -> torch.Tensor:
-    """Painted over real variance of every octave, with `steps` evaluations as `jobs.painting`
-    spends them: from noise alone, uniform in log-SNR, the last for x0_hat.
+def decibels(name: str, offsets: Sequence[float], evaluations: int) -> torch.Tensor:
+    """Generated over real variance of octaves of these ln(S / N), which are generated together,
+    with as many evaluations as `jobs.painting` spends them: from noise alone, uniform in log-SNR,
+    the last for x0_hat. An untrained block of a cascade is this exact denoiser.
     """
-    octaves = Octaves(SLIDE, SLIDE[:5], NoiseSpectrum(12, 5, floor))
-    low, high = octaves.log_snr_range()
-    ratio = torch.tensor([octaves.offset(k) for k in range(13)], dtype=torch.float64).exp()
-    solver = make_solver(name, eta)
-    u = follow(solver, ratio, low, high, steps - 1, mean=0.0)
+    low, high = -MARGIN_NATS - max(offsets), MARGIN_NATS - min(offsets)
+    ratio = torch.tensor(offsets, dtype=torch.float64).exp()
+    u = follow(make_solver(name), ratio, low, high, evaluations - 1, mean=0.0)
     mean, variance = moments(exact_estimate(u, ratio, high))
     assert (mean > 0.94).all() and (mean < 1.01).all()
     return 10 * torch.log10(variance / ratio)
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.005])
-def test_default_steps_reproduce_every_octave_within_half_a_decibel(floor: float) -> None:
-    from jobs.sample.options import Sample
+def offsets_of(block: TopConfig | BlockConfig, signal: Sequence[float]) -> list[float]:
+    """ln(S / N) of a block's octaves; of the top block's modes, which lie between its octaves'."""
+    octaves = Octaves(tuple(signal), (), NoiseSpectrum(len(signal) - 1))
+    if isinstance(block, TopConfig):
+        return mode_offsets(octaves, block.level, 16, 1).flatten().tolist()
+    return [octaves.offset(level) for level in range(block.fine, block.parents)]
 
-    assert decibels(Sample.solver, floor, Sample.steps).abs().max() < 0.25
-    # First-order solvers shrink all octaves alike, by what the steps leave: see `model.solver`.
-    assert decibels("ddim", floor, 70).abs().max() < 0.5
-    assert decibels("ancestral", floor, 130).abs().max() < 0.5
-    few = decibels("ancestral", floor, 20)
-    assert few.max() < -1.9 and few.max() - few.min() < 0.05
+
+# ln(S / N) between successive octaves of a block, coarse to fine, of the slide above and of the
+# demo's phantom; the widest gaps, and two of those in a row.
+GAPS = {1: [()], 2: [(2.05,), (-0.56,)], 3: [(2.05, 1.28), (1.28, 2.05), (1.07, -0.56), (0, 0)]}
+
+
+@pytest.mark.parametrize(
+    "block", CascadeConfig(channels=3, token_dim=8).sequence, ids=lambda b: b.name
+)
+def test_each_block_reproduces_every_octave_within_a_tenth_of_a_decibel(
+    block: TopConfig | BlockConfig,
+) -> None:
+    """At its default number of evaluations, with the default solver."""
+    found = [offsets_of(block, SLIDE)]
+    if isinstance(block, BlockConfig):
+        gaps = GAPS[block.octaves]
+        found += [list(itertools.accumulate(each, initial=0.0)) for each in gaps]
+    errors = [decibels("dpm++2m", offsets, block.evaluations) for offsets in found]
+    worst = max(float(each.abs().max()) for each in errors)
+    assert worst < 0.1, worst
+    # Two evaluations fewer would not do.
+    fewer = [decibels("dpm++2m", offsets, block.evaluations - 2) for offsets in found]
+    assert max(float(each.abs().max()) for each in fewer) > 0.1
+
+
+@pytest.mark.parametrize(
+    "block", CascadeConfig(channels=3, token_dim=8).sequence, ids=lambda b: b.name
+)
+def test_first_order_solvers_shrink_all_octaves_alike(block: TopConfig | BlockConfig) -> None:
+    """By what the steps leave: see `model.solver`."""
+    offsets = offsets_of(block, SLIDE)
+    assert decibels("ddim", offsets, 40).abs().max() < 0.5
+    assert decibels("ancestral", offsets, 75).abs().max() < 0.5
+    few = decibels("ancestral", offsets, 20)
+    assert few.max() < -1.5 and few.max() - few.min() < 0.05
 
 
 def test_deterministic_steps_want_no_noise_and_stochastic_ones_say_so() -> None:

@@ -1,4 +1,4 @@
-"""Training with real DeepSpeed ranks: neither kills nor the number of ranks change it."""
+"""Training with real DeepSpeed ranks: neither kills nor ranks nor threads change what it becomes."""
 
 import json
 import os
@@ -11,15 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import Chain, train_arguments
+from chain import EVEN_SHARES, Chain, train_arguments
 from processes import run, start, stop_when, wait_for
 from safetensors.torch import load_file
 
+import jobs.sample
 import jobs.train
+from jobs.data import Batches
+from jobs.optimizer import Joint, make_optimizer
+from jobs.parts import HELD_OUT_WINDOWS
 from jobs.run import Run
+from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
+from model.family import make_denoiser, make_objectives
 from pipeline.console import EXIT_PREEMPTED
+from pipeline.packfile import PackSet
 
-STEPS = 6
+STEPS = 8  # two of every block
+EXACT = (*EVEN_SHARES, "--precision", "fp32")
 
 
 def state(folder: Path) -> dict[str, object]:
@@ -33,21 +41,49 @@ def weights(folder: Path, name: str = "ema") -> dict[str, torch.Tensor]:
     )
 
 
-def metrics(folder: Path) -> list[dict[str, object]]:
+def metrics(folder: Path, kind: str = "loss") -> list[dict[str, object]]:
+    """Lines of training or, of another kind, of the held-out error, without their times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if kind in line]
+
+
+def same(folder: Path, other: Path, names: tuple[str, ...] = ("weights", "ema")) -> None:
+    """Bit for bit."""
+    for name in names:
+        expected = weights(other, name)
+        for key, value in weights(folder, name).items():
+            assert torch.equal(value, expected[key]), key
 
 
 @pytest.fixture(scope="module")
 def undisturbed(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run("jobs.train", train_arguments(chain, folder, STEPS))
+    run("jobs.train", train_arguments(chain, folder, STEPS, *EXACT))
     return folder
+
+
+def initial(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run of seed 0 starts from."""
+    config = Run(folder).config()
+    torch.manual_seed(0)
+    return make_denoiser(config.denoiser, config.octaves).state_dict()
 
 
 def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert state(undisturbed)["status"] == "done"
-    assert [line["step"] for line in metrics(undisturbed)] == list(range(1, STEPS + 1))
+    lines = metrics(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for name, levels in (("T", [8]), ("A", [5, 6, 7]), ("B", [2, 3, 4]), ("C", [0, 1])):
+        own = [line for line in lines if line["part"] == name]
+        assert [line["part_step"] for line in own] == [1, 2]
+        for line in own:
+            losses = line["level_losses"]
+            assert line["levels"] == levels
+            assert line["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    parts = state(undisturbed)["parts"]
+    assert isinstance(parts, dict)
+    assert {name: steps for name, (steps, _) in parts.items()} == dict.fromkeys("TABC", 2)
+    assert state(undisturbed)["seconds"] == pytest.approx(sum(s for _, s in parts.values()))
     assert len(list((undisturbed / "samples").glob("*.png"))) == STEPS // 2
     assert len(list((undisturbed / "checkpoints").iterdir())) == 2
     assert list((undisturbed / "tensorboard").iterdir())
@@ -56,35 +92,226 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert type(config).from_json(config.to_json()) == config
     trained, averaged = weights(undisturbed, "weights"), weights(undisturbed)
     assert any(not torch.equal(trained[name], averaged[name]) for name in trained)
+    first = initial(undisturbed)
+    for name in "TABC":
+        own = [key for key in first if key.startswith(f"blocks.{name}.")]
+        assert any(not torch.equal(trained[key], first[key]) for key in own)
+
+
+def test_the_held_out_error_is_that_of_the_averaged_weights_on_the_validation_split(
+    chain: Chain, undisturbed: Path
+) -> None:
+    """Measured anew from the checkpoint: fixed windows, fixed noise, fixed levels, clean parents."""
+    lines = {str(line["part"]): line for line in metrics(undisturbed, "held_out")}
+    assert lines.keys() == set("TABC")
+    packs = PackSet.open(chain.packs)
+    denoiser = Run(undisturbed).load_denoiser(device=torch.device("cpu"))
+    objectives = make_objectives(denoiser)
+    for part, (name, objective) in enumerate(objectives.items()):
+        line = lines[name]
+        assert (line["split"], line["part_step"]) == ("val", 2)
+        assert line["log_snrs"] == list(HELD_OUT_LOG_SNRS)
+        batches = Batches(packs, HELD_OUT_WINDOWS, 0, 0.0, augment=False, split="val", part=part)
+        batch = batches.at(0)
+        assert isinstance(objective, BlockObjective)
+        errors = objective.held_out(batch.draw, batch.condition, batch.seeds)
+        np.testing.assert_allclose(line["held_out"], errors.numpy(), atol=1e-4)
 
 
 def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(
     chain: Chain, undisturbed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    arguments = train_arguments(chain, folder, STEPS)
+    arguments = train_arguments(chain, folder, STEPS, *EXACT)
     process = start("jobs.train", arguments)
     stop_when(process, lambda: state(folder).get("step", 0) != 0, signal.SIGKILL)
     assert state(folder)["status"] == "running"
-    assert state(folder)["step"] in (2, 4)
+    assert state(folder)["step"] in (2, 4, 6)
     output = run("jobs.train", arguments)
     assert "resuming at step" in output
     assert metrics(folder) == metrics(undisturbed)
-    for name in ("weights", "ema"):
-        expected = weights(undisturbed, name)
-        for key, value in weights(folder, name).items():
-            assert torch.equal(value, expected[key]), key
+    same(folder, undisturbed)
     assert "already done" in run("jobs.train", arguments)
+
+
+def test_two_lanes_train_what_one_trains(chain: Chain, undisturbed: Path, tmp_path: Path) -> None:
+    """Side by side, one thread each: bit for bit, whatever the order of their steps."""
+    folder = tmp_path / "run"
+    arguments = train_arguments(chain, folder, STEPS, *EXACT)
+    run("jobs.train", arguments, more={"OMP_NUM_THREADS": "2"})
+    same(folder, undisturbed)
+
+    def of_part(of: Path, name: str) -> list[dict[str, object]]:
+        lines = [line for line in metrics(of) if line["part"] == name]
+        return [{k: v for k, v in line.items() if k != "step"} for line in lines]
+
+    for name in "TABC":
+        assert of_part(folder, name) == of_part(undisturbed, name)
+    assert sorted(int(str(line["step"])) for line in metrics(folder))[-1] == STEPS
 
 
 def test_two_ranks_see_what_one_rank_sees(chain: Chain, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank"]
-    run("jobs.train", train_arguments(chain, folder, STEPS), [*launcher, "--module"])
-    expected = [line["level_losses"] for line in metrics(undisturbed)]
-    np.testing.assert_allclose(
-        [line["level_losses"] for line in metrics(folder)], expected, rtol=2e-3, atol=2e-4
-    )
+    run("jobs.train", train_arguments(chain, folder, STEPS, *EXACT), [*launcher, "--module"])
+    pairs = zip(metrics(folder), metrics(undisturbed), strict=True)
+    for found, expected in pairs:
+        losses, wanted = found.pop("level_losses"), expected.pop("level_losses")
+        np.testing.assert_allclose(losses, wanted, rtol=2e-3, atol=2e-4)
+        assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=2e-3, abs=2e-4)
+        assert found == expected
+
+
+def test_blocks_are_trained_apart_and_joined(
+    chain: Chain, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nodes share the work: each block becomes what it becomes beside the others."""
+    files = []
+    for number, blocks in enumerate((["B"], ["C", "A"])):
+        folder = tmp_path / str(number)
+        steps = STEPS // 4 * len(blocks)
+        arguments = train_arguments(chain, folder, steps, *EXACT, "--blocks", *blocks)
+        assert jobs.train.main(arguments) == 0
+        files.append(str(folder / "checkpoints" / f"step-{steps:08d}" / "weights.safetensors"))
+        found, first, whole = (
+            weights(folder, "weights"),
+            initial(folder),
+            weights(undisturbed, "weights"),
+        )
+        for key, value in found.items():
+            expected = whole if key.split(".")[1] in blocks else first
+            assert torch.equal(value, expected[key]), key
+    joined = tmp_path / "joined"
+    arguments = train_arguments(chain, joined, 0, *EXACT, "--seed", "5")
+    assert jobs.train.main([*arguments, "--init-from", *files]) == 0
+    assert state(joined)["status"] == "done"
+    for key, value in weights(joined).items():
+        if not key.startswith("blocks.T."):
+            assert torch.equal(value, weights(undisturbed, "weights")[key]), key
+    for more, sentence in (
+        (["--init-from", files[0], files[0]], "were both trained on block B"),
+        (["--init-from", files[0], "--set", "C.widths=32"], "holds weights of another denoiser"),
+        (["--init-from", str(tmp_path / "none.safetensors")], "does not exist"),
+        ([], "--steps takes a positive number, not 0 (0 only with --init-from)"),
+    ):
+        command = [*train_arguments(chain, tmp_path / "x", 0, *EXACT), *more]
+        assert jobs.train.main(command) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_zero_needs_adamw(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is also what it takes by default."""
+    command = train_arguments(chain, tmp_path / "run", 1, "--blocks", "T", "--zero", "1")
+    assert jobs.train.main([*command, "--optimizer", "muon"]) == 2
+    assert "take --zero 0 or --optimizer adamw" in " ".join(capsys.readouterr().err.split())
+    assert jobs.train.main(command) == 0
+    training = Run(tmp_path / "run").config().training
+    assert (training["optimizer"], training["learning_rate"]) == ("adamw", 1e-4)
+    assert jobs.train.main([*command, "--optimizer", "adamw"]) == 0
+    assert "already done" in capsys.readouterr().out
+
+
+def test_muons_momentum_comes_back(undisturbed: Path) -> None:
+    """Both optimizers of a block step on as if they had never been written."""
+    config = Run(undisturbed).config()
+    generator = torch.Generator().manual_seed(0)
+
+    def block() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = make_objectives(make_denoiser(config.denoiser, config.octaves))["B"]
+        optimizer = make_optimizer(module, "muon", 1e-2)
+        return list(module.parameters()), optimizer
+
+    (one, first), (other, second) = block(), block()
+    assert isinstance(first, Joint)
+    muon, adamw = first.parts
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    moved = {id(p) for part in first.parts for g in part.param_groups for p in g["params"]}
+    assert moved == {id(p) for p in one}
+    for step in range(4):
+        if step == 2:
+            second.load_state_dict(first.state_dict())
+            with torch.no_grad():
+                for mine, theirs in zip(other, one, strict=True):
+                    mine.copy_(theirs)
+            assert any(
+                value.abs().max() > 0
+                for state in muon.state.values()
+                for value in state.values()
+                if isinstance(value, torch.Tensor)
+            )
+        gradients = [torch.randn(p.shape, generator=generator) for p in one]
+        for parameters, optimizer in ((one, first), (other, second)):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (step + 1)
+            optimizer.step()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, one, strict=True))
+
+
+def test_a_limit_of_time_counts_training_alone(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not previews and checkpoints; each block has its share; and the learning rate knows it."""
+    folder, seconds = tmp_path / "run", 2.0
+    arguments = train_arguments(chain, folder, 100_000, "--max-minutes", str(seconds / 60))
+    assert jobs.train.main(arguments) == 0
+    parts = state(folder)["parts"]
+    assert isinstance(parts, dict)
+    shares = Run(folder).config().denoiser.shares
+    for name, (steps, spent) in parts.items():
+        assert steps >= 1 and spent >= seconds * shares[name]
+    lines = [line for line in metrics(folder) if line["part"] == "B"]
+    # The last of several steps began within the limit.
+    longest = 3 * parts["B"][1] / len(lines)
+    assert parts["B"][1] <= seconds * shares["B"] + longest
+    assert lines[-1]["learning_rate"] == pytest.approx(0.05 * 2e-3)
+    capsys.readouterr()
+    assert jobs.train.main(arguments) == 0
+    assert "already done" in capsys.readouterr().out
+    longer = train_arguments(chain, folder, 100_000, "--max-minutes", str(1.2 * seconds / 60))
+    assert jobs.train.main(longer) == 0
+    assert "resuming at step" in capsys.readouterr().out
+    after = state(folder)["parts"]
+    assert isinstance(after, dict)
+    assert all(after[name][0] > steps for name, (steps, _) in parts.items())
+
+
+def test_without_held_out_regions_the_error_is_that_of_training_ones(
+    chain: Chain, tmp_path: Path
+) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(chain.packs, packs)
+    index = json.loads((packs / "index.json").read_text())
+    for region in index["regions"]:
+        region["split"] = "train"
+    (packs / "index.json").write_text(json.dumps(index))
+    folder = tmp_path / "run"
+    arguments = train_arguments(chain, folder, 1, "--blocks", "T")
+    assert jobs.train.main([str(packs), *arguments[1:]]) == 0
+    (line,) = metrics(folder, "held_out")
+    assert line["split"] == "train"
+
+
+def test_runs_of_the_pyramid_that_was_before_are_refused(
+    chain: Chain, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(undisturbed, old)
+    content = json.loads((old / "config.json").read_text())
+    content["config"]["denoiser"] = {"channels": 3, "token_dim": 16, "lattice_patch": 2}
+    content["config"]["packs"] |= {"design": "zoom", "halo": 4}
+    (old / "config.json").write_text(json.dumps(content))
+    paint = [str(old), "--condition", str(chain.store), "--out", str(tmp_path / "out")]
+    train = train_arguments(chain, old, STEPS, *EXACT)
+    for code in (jobs.sample.main(paint), jobs.train.main(train)):
+        assert code == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "cascade of octave blocks has replaced; pack and train again" in said
 
 
 def test_sigterm_saves_first(chain: Chain, tmp_path: Path) -> None:
@@ -119,6 +346,8 @@ def test_a_run_is_not_changed_under_its_feet(
     arguments = train_arguments(chain, tmp_path / "x", 2)
     assert jobs.train.main([*arguments, "--preset", "huge"]) == 2
     assert "choose one of tiny, small, brush, paper" in capsys.readouterr().err
+    assert jobs.train.main([*arguments, "--blocks", "B", "D"]) == 2
+    assert "--blocks D does not exist; this preset has T, A, B, C" in capsys.readouterr().err
     assert jobs.train.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "x").exists()
 
@@ -127,7 +356,7 @@ def test_a_run_in_this_process_leaves_no_rank_to_later_ones(
     chain: Chain, undisturbed: Path
 ) -> None:
     before = dict(os.environ)
-    finished = train_arguments(chain, undisturbed, STEPS)
+    finished = train_arguments(chain, undisturbed, STEPS, *EXACT)
     for arguments, code in ((finished, 0), ([*finished, "--seed", "9"], 2), (finished, 0)):
         assert jobs.train.main(arguments) == code
         assert dict(os.environ) == before
@@ -139,17 +368,17 @@ def test_engine_state_of_another_user_is_not_loaded(
     """It holds pickles. The user is another one here, instead of the files."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
-    before = {**state(folder), "status": "preempted", "step": 4, "checkpoint": "step-00000004"}
+    before = {**state(folder), "status": "preempted", "step": 6, "checkpoint": "step-00000006"}
     (folder / "state.json").write_text(json.dumps(before))
     code = (
         "import os, sys; os.geteuid = lambda: 2**31 - 7; import jobs.train; "
         "sys.exit(jobs.train.main(sys.argv[2:]))"
     )
-    arguments = train_arguments(chain, folder, STEPS)
+    arguments = train_arguments(chain, folder, STEPS, *EXACT)
     output = run("jobs.train", arguments, ["-c", code], good=(2,))
     assert "belongs to another user" in output
     assert "--init-from" in output and "Traceback" not in output
-    assert state(folder)["step"] == 4
+    assert state(folder)["step"] == 6
 
 
 def test_all_ranks_of_a_superseded_run_stop_before_they_write(

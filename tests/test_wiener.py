@@ -7,7 +7,7 @@ import torch
 from fields import OCTAVES
 from torch import Tensor
 
-from model.wiener import cosine_basis, mode_offsets, precondition_lattice, wiener
+from model.wiener import cosine_basis, mode_offsets, wiener
 
 SIZES = [(8, 8), (12, 20), (1, 16), (37, 5)]
 
@@ -73,17 +73,3 @@ def test_octaves_lie_where_their_cells_are() -> None:
         assert float(offsets[middle, 0]) == pytest.approx(value, abs=0.02)
         assert float(offsets[0, middle]) == pytest.approx(value, abs=0.02)
     assert float(offsets[0, 0]) == pytest.approx(expected[-1])
-
-
-def test_the_networks_part_has_unit_variance_for_a_field_of_these_octaves() -> None:
-    """c_out^2 is the sum over octaves of S N / (S + N)."""
-    level = OCTAVES.coarse_level
-    for log_snr in (-4.0, 0.0, 4.0):
-        value = torch.tensor([log_snr], dtype=torch.float64)
-        wanted = 0.0
-        for octave in range(level, OCTAVES.noise.top_level + 1):
-            signal = OCTAVES.signal[octave]
-            noise = signal * math.exp(-OCTAVES.offset(octave) - log_snr)
-            wanted += signal * noise / (signal + noise)
-        found = float(precondition_lattice(OCTAVES, value).c_out.square())
-        assert found == pytest.approx(wanted, rel=1e-6)

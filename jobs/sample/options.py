@@ -68,7 +68,8 @@ class Sample:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of layers; auto is bf16 for cascades, where the device multiplies in it."""
     tile: str = "auto"
-    """Side of a tile in pixels, a multiple of the coarse cell; auto suits the device."""
+    """Side of a tile in pixels (of a cascade in cells of each block), a multiple of the coarse
+    cell; auto suits the device."""
     overlap: float | None = None
     """Patch diffusion only: how much of a window its neighbours overlap; by default 0.75, as
     published."""

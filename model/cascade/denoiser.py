@@ -1,19 +1,20 @@
 """The cascade: p(u | e) = p(u_top | e) prod_b p(u_f | u_g, e), one block of octaves after another.
 
 Block b is given the area means u_g over its parents' cells and generates those over finer cells,
-u_f. What is diffused is the part of u_f that the parents do not tell,
+u_f (the last block reads no e). What is diffused is the part of u_f that the parents do not tell,
 
     x = u_f - up(u_g) - I(u_g),    y = x + sigma xi,    lambda = -2 ln sigma,
 
 I the details that bicubic interpolation predicts (`haar.predicted`), xi the keyed noise of these
-octaves alone (`noise.BandNoise`). x has zero mean in every parent cell, so that no block
+octaves alone (`noise_band.BandNoise`). x has zero mean in every parent cell, so that no block
 contradicts a coarser one. In octave l of the block the signal has variance S_l, the noise sigma^2
 N_l, and each octave is preconditioned at its own log-SNR (EDM; Karras et al., 2022):
 
     x0_hat = sum_l [ c_skip,l y_l + c_out,l F_l ],    F = net( sum_l c_in,l y_l, ...).
 
-The loss is the mean over octaves of the squared error of F: the norm C^-1/2 of ∞-Brush's Theorem 1
-in the Haar basis. Blocks share no weights; given the data each is trained on its own.
+The loss is the mean over octaves of the squared error of F: every octave counts alike, in units of
+its own noise (docs/method.md compares that with ∞-Brush's Theorem 1). Blocks share no weights;
+given the data each is trained on its own.
 """
 
 from dataclasses import dataclass

@@ -109,8 +109,7 @@ class BlockNet(nn.Module):
         super().__init__()
         widths, channels, inside = block.widths, config.channels, block.place**2
         self.place = block.place
-        # Large places hold their neighbourhood already.
-        self.stem = Conv(3 * channels * inside, widths[0], 3 if block.place < 4 else 1)
+        self.stem = Conv(3 * channels * inside, widths[0], block.stem_side)
         self.context = ContextNet(channels, block.context, widths[-1], config.margin)
         self.token = Conv(config.token_width, widths[-1], 1) if block.tokens else None
         self.embedding = LevelEmbedding(config.embedding_width, EMBEDDED)
@@ -149,11 +148,11 @@ class BlockNet(nn.Module):
         x = F.pixel_unshuffle(seen, self.place).contiguous(memory_format=torch.channels_last)
         x = masked(self.stem(masked(x, masks[0])), masks[0])
         skips = []
-        for blocks, down, mask in zip(self.encoder, self.downs, masks, strict=False):
+        for i, (blocks, down) in enumerate(zip(self.encoder, self.downs, strict=True)):
             for block in blocks:
-                x = block(x, embedding, mask)
+                x = block(x, embedding, masks[i])
             skips.append(x)
-            x = down(x)
+            x = masked(down(x), masks[i + 1])
         x = x + self.context(parents, parents_present)
         if self.token is not None and tokens is not None:
             x = x + self.token(tokens)

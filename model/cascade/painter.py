@@ -37,7 +37,7 @@ def cascade_passes(
     """The passes of an image of cells of `level`: all blocks as far as one that is as fine.
 
     guidance: classifier-free guidance, x0 = null + guidance (conditional - null), in blocks that
-    read tokens; 1 evaluates the condition alone. tile: side of a tile in pixels.
+    read tokens; 1 evaluates the condition alone. tile: side of a tile in cells of each block.
     """
     tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
     found: list[Pass] = []
@@ -54,7 +54,7 @@ def cascade_passes(
         else:
             assert isinstance(block.body, OctaveBlock)
             fine, parents = block.body.block.fine, block.body.block.parents
-            cells = max(tile >> fine, 1 << block.body.block.octaves)
+            cells = max(tile, 1 << block.body.block.octaves)
             below = partial(_below, block.body, given, guidance, cells)
             noise = BandNoise(tree, parents)
             found.append(Pass(config.name, fine, evaluations, bounds, noise, below))

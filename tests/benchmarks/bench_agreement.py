@@ -1,9 +1,10 @@
-"""How far evaluations that are the same in exact arithmetic are apart in float64 and float32.
+"""How far evaluations that are the same in exact arithmetic are apart in float64, float32 and, of
+the cascade, with layers in bfloat16.
 
-Tiled and whole, points or windows in another order, and what a draw of training sees against the
-dense evaluation of painting, for both kinds of denoiser. Weights are random, those that begin at
-zero too, so that no part is trivially absent. Distances are in units of the deviation of what is
-compared. The laws themselves are tests (test_denoiser, test_sparse_denoiser); here is by how much.
+Tiled and whole, points in another order, and what a draw of training sees against the dense
+evaluation of painting, for both kinds of denoiser. Weights are random, those that begin at zero
+too, so that no part is trivially absent. Distances are in units of the deviation of what is
+compared. The laws themselves are tests (test_cascade, test_sparse_denoiser); here is by how much.
 """
 
 from collections.abc import Callable
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.bench_costs import report, tokens
-from fields import levels_of
 from torch import Tensor, nn
 
-from model.attention import Condition
-from model.config import PyramidConfig, preset
-from model.denoiser import Layer, PyramidDenoiser, crop
-from model.design import Extent, ZoomDesign
-from model.generate import ArrayField, Painter
+from model.attention import Condition, Tokens
+from model.cascade.config import CascadeConfig
+from model.cascade.denoiser import CascadeDenoiser, OctaveBlock, _Seen
+from model.cascade.painter import BlockPainter, Under, sides
+from model.config import preset
+from model.generate import ArrayField, Estimator
+from model.haar import means
 from model.lattice import Box
 from model.points import full_lattice
 from model.sparse.config import SparseConfig
@@ -27,7 +29,9 @@ from model.sparse.denoiser import SparseOperatorDenoiser
 from model.sparse.painter import SparsePainter
 from model.sparse.support import TileSupport
 
-PYRAMID_SIDE, SPARSE_SIDE, LOG_SNR = 512, 256, 0.0
+SPARSE_SIDE, LOG_SNR = 256, 0.0
+PARENTS = 32
+"""A side of a block's field, in parent cells."""
 SCATTERED = 4096
 
 
@@ -44,9 +48,9 @@ def ready(net: nn.Module, dtype: torch.dtype) -> Any:
     return net.to(dtype).eval().requires_grad_(False)
 
 
-def condition(side: int, dtype: torch.dtype) -> Condition:
+def condition(side: int, dtype: torch.dtype, footprint: int = 64) -> Condition:
     torch.manual_seed(1)
-    given = tokens(1, side, footprint=64)
+    given = tokens(1, side, footprint)
     values, places, sides = (
         part.to(dtype) for part in (given.values, given.centres_px, given.footprints_px)
     )
@@ -63,69 +67,69 @@ def noisy(side: int, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def painted(painter: Painter | SparsePainter, u: Tensor) -> Tensor:
+def painted(painter: Estimator, u: Tensor) -> Tensor:
     out = torch.empty_like(u)
     for box, _, x0 in painter.estimate(ArrayField(u.numpy()), LOG_SNR):
         out[:, box.y : box.y + box.height, box.x : box.x + box.width] = x0
     return out
 
 
-def windows(net: PyramidDenoiser, y: Tensor, origins: Tensor, given: Condition) -> Tensor:
-    """x0_hat at the pixels of chains of windows, as in training."""
-    coarse, side = net.config.coarse_level, ZoomDesign().window
-    levels, encoded = levels_of(y, coarse), net.encode(given)
-    ones = [torch.ones_like(level[..., :1]) for level in levels]
-    at = torch.full((1,), LOG_SNR, dtype=y.dtype)
-    layer: Layer = net.lattice(levels[coarse], ones[coarse], at, encoded).layer
-    index = torch.zeros(len(origins), dtype=torch.int64)
-    places, corner = index, torch.zeros_like(origins[:, 0])
-    for level in reversed(range(coarse)):
-        here = origins[:, level]
-        parents = layer.crop(places, here // 2 - corner - 1, (side // 2 + 2,) * 2)
-        observed, present = (
-            crop(values[level], index, here, (side, side)) for values in (levels, ones)
-        )
-        layer = net.descend(
-            level, parents, observed, present, here, at[index], encoded, index
-        ).layer
-        places, corner = torch.arange(len(origins)), here
-    return layer.estimate
-
-
-def pyramid(dtype: torch.dtype) -> dict[str, str]:
+def cascade(dtype: torch.dtype, bf16: bool = False) -> dict[str, str]:
+    """Each block on a field of its own, under the field's own means."""
     config = preset("tiny", channels=3, token_dim=128)
-    assert isinstance(config, PyramidConfig)
-    octaves = config.octaves((0.08,) * 10, (0.08,) * 5, 0.005)
+    assert isinstance(config, CascadeConfig)
+    octaves = config.octaves((0.08,) * 13, (0.08,) * config.top.level)
     torch.manual_seed(0)
-    net = ready(PyramidDenoiser(config, octaves), dtype)
-    u, given = noisy(PYRAMID_SIDE, dtype), condition(PYRAMID_SIDE, dtype)
-    whole = painted(Painter(net, given, tile=PYRAMID_SIDE), u)
-    design = ZoomDesign()
-    origins = torch.from_numpy(design.draw(Extent(PYRAMID_SIDE, PYRAMID_SIDE), (0, 0, 0)))
-    y = u.permute(1, 2, 0)[None] * 2**0.5
-    order = torch.randperm(len(origins), generator=torch.Generator().manual_seed(3))
-    seen = windows(net, y, origins, given)
-    inside = (slice(None), *(slice(design.halo, design.window - design.halo),) * 2)
-    index, side = torch.zeros(len(origins), dtype=torch.int64), (design.window,) * 2
-    dense, there = (
-        crop(part, index, origins[:, 0], side)[inside]
-        for part in (whole.permute(1, 2, 0)[None], torch.ones(1, *u.shape[1:], 1))
-    )
-    there = there[..., 0] > 0
-    return {
-        "tiles of 64 px, whole": apart(painted(Painter(net, given, tile=64), u), whole),
-        "chains in another order, as drawn": apart(
-            windows(net, y, origins[order], given), seen[order]
-        ),
-        "windows of a draw, dense": apart(seen[inside][there], dense[there]),
-    }
+    net, found = ready(CascadeDenoiser(config, octaves), dtype), {}
+    for block in config.blocks:
+        owner = net.blocks[block.name]
+        given = condition(PARENTS << block.parents, dtype, footprint=2 << block.parents)
+        tokens_of = sides(owner, given, 1.0)
+        u = noisy(PARENTS << block.octaves, dtype)
+        above = ArrayField(means(u[None], block.octaves)[0].numpy())
+        under = Under(owner.body, above)
+        with torch.autocast("cpu", torch.bfloat16, bf16):
+            whole, tiled = (
+                painted(BlockPainter(under, tokens_of, 1.0, side << block.octaves), u)
+                for side in (PARENTS, 4)
+            )
+            seen, dense = windows(owner.body, tokens_of[0], u, under, whole)
+        found[f"{block.name}: tiles of 4 parents, whole"] = apart(tiled, whole)
+        found[f"{block.name}: windows beyond their halo, dense"] = apart(seen, dense)
+    return found
+
+
+def windows(
+    body: OctaveBlock, tokens_of: Tokens | None, u: Tensor, under: Under, whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x0_hat of the parent in the middle of windows that are as large as the halo, and stick out
+    of the field as in training; and what the dense evaluation has there.
+    """
+    n, halo, seen, dense = body.block.octaves, body.block.halo, [], []
+    side, at = 2 * halo + 1, torch.full((1,), LOG_SNR, dtype=u.dtype)
+    places = torch.randint(0, PARENTS, (16, 2), generator=torch.Generator().manual_seed(3))
+    for place in places.tolist():
+        y, x = place
+        parents = under.around(Box(body.block.parents, y - halo, x - halo, side, side), u)
+        rows, columns = (
+            (torch.arange(side << n) + ((first - halo) << n)).clamp(0, (PARENTS << n) - 1)
+            for first in place
+        )
+        base = body.base(parents)
+        view = _Seen(body, u[:, rows][:, :, columns][None] * 2**0.5 - base, at)
+        present = body.inner(parents.present)
+        x0 = view.known + view.corrected(body.correction(view, parents, tokens_of, at, present))
+        own = (0, slice(None), *(slice(halo << n, (halo + 1) << n),) * 2)
+        seen.append((base + x0)[own])
+        dense.append(whole[:, y << n : (y + 1) << n, x << n : (x + 1) << n])
+    return torch.stack(seen), torch.stack(dense)
 
 
 def sparse(dtype: torch.dtype) -> dict[str, str]:
     config = preset("paper-tiny", channels=3, token_dim=128)
     assert isinstance(config, SparseConfig)
     torch.manual_seed(0)
-    octaves = config.octaves((0.08,) * 9, (), 0.0)
+    octaves = config.octaves((0.08,) * 9, ())
     net = ready(SparseOperatorDenoiser(config, octaves), dtype)
     side = SPARSE_SIDE
     u, given = noisy(side, dtype), condition(side, dtype)
@@ -153,10 +157,12 @@ def sparse(dtype: torch.dtype) -> dict[str, str]:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("name", "evaluate"), [("tiny", pyramid), ("paper-tiny", sparse)])
+@pytest.mark.parametrize(("name", "evaluate"), [("tiny", cascade), ("paper-tiny", sparse)])
 def test_how_far_equal_evaluations_are_apart(
-    name: str, evaluate: Callable[[torch.dtype], dict[str, str]]
+    name: str, evaluate: Callable[..., dict[str, str]]
 ) -> None:
-    double, single = evaluate(torch.float64), evaluate(torch.float32)
-    rows = [(key, f"{double[key]} | {single[key]}") for key in double]
-    report(f"{name}: largest (rms) difference in deviations, float64 | float32", rows)
+    found = [evaluate(torch.float64), evaluate(torch.float32)]
+    if evaluate is cascade:
+        found.append(cascade(torch.float32, bf16=True))
+    rows = [(key, " | ".join(each[key] for each in found)) for key in found[0]]
+    report(f"{name}: largest (rms) difference in deviations, float64 | float32 | bfloat16", rows)

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,17 @@ import conditioning.pretrain
 import pipeline.ingest
 import pipeline.pack
 from jobs.data import Batches
-from model.design import Extent, MixedDesign, PointDesign, SobolDesign, UniformDesign
-from pipeline.draws import RegionLevels, mollified
-from pipeline.packfile import PackSet, RegionEntry
+from model.design import (
+    CascadeDesign,
+    Extent,
+    MixedDesign,
+    PointDesign,
+    SobolDesign,
+    UniformDesign,
+)
+from model.draw import BlockDraw, Draw, TopDraw
+from pipeline.draws import CascadeLevels, RegionLevels, mollified
+from pipeline.packfile import PackSet
 from pipeline.phantom import draw_slide
 
 SIDE_PX = 4096
@@ -50,6 +59,14 @@ def test_naming_cells_does_not_depend_on_the_size_of_the_image() -> None:
                 design.cells(image, (0, 1, 2))
 
             rows.append((f"{_name(design)}, {height} x {width} px", cost(work)))
+    for side in (SIDE_PX, 32_768):
+        image = Extent(side, side)
+        rows.append(
+            (
+                f"cascade, {side} x {side} px: {CascadeDesign().describe(image)}",
+                cost(lambda image=image: CascadeDesign().draw(image, (0, 1, 2))),  # type: ignore[misc]
+            )
+        )
     pixels = np.arange(SIDE_PX**2)
     permute = np.random.Generator(np.random.Philox(0)).permutation
     rows.append(("a permutation of 4096 x 4096 px, in full", cost(lambda: permute(pixels))))
@@ -62,6 +79,10 @@ def test_packing_a_region() -> None:
     pixels = random.integers(0, 256, (3, SIDE_PX, SIDE_PX), dtype=np.uint8)
     image, rows = Extent(SIDE_PX, SIDE_PX), []
     rows.append(("levels", cost(lambda: RegionLevels.of(pixels, valid, 5))))
+    rows.append(("levels of a cascade", cost(lambda: CascadeLevels.of(pixels, valid, 8))))
+    holes = valid.copy()
+    holes[:1000, :1500] = False
+    rows.append(("with holes to fill", cost(lambda: CascadeLevels.of(pixels, holes, 8))))
     rows.append(("mollified, sigma 1 px", cost(lambda: mollified(pixels, valid, 1.0, 256))))
     levels = RegionLevels.of(pixels, valid, 5)
     for design in (UniformDesign(), MixedDesign(), SobolDesign()):
@@ -70,19 +91,21 @@ def test_packing_a_region() -> None:
             levels.values(design, image, (0, 1, 2), 256)
 
         rows.append((f"one draw, {_name(design)}", cost(work)))
+    cascade, ours = CascadeLevels.of(pixels, valid, 8), CascadeDesign()
+    rows.append(("one draw, cascade", cost(lambda: cascade.payload(ours, image, (0, 1, 2), 256))))
     report("one region of 4096 x 4096 px, 3 bands", rows)
 
 
 def test_reading_a_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes read over those that reach the batch (values, lattice where it is drawn, tokens), of
-    packs that the commands made from one region.
+    packs that the commands made from one region. Of a cascade a sample is a window of one block.
     """
     rows, read = [], 0
     plain = PackSet._range
 
-    def counted(self: PackSet, entry: RegionEntry, member: int) -> bytes:
+    def counted(self: PackSet, *place: Any, **part: Any) -> bytes:
         nonlocal read
-        payload = plain(self, entry, member)
+        payload = plain(self, *place, **part)
         read += len(payload)
         return payload
 
@@ -94,7 +117,7 @@ def test_reading_a_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
             ("uniform", ["--mollifier", "1"]),
             ("mixed", ["--lattice"]),
             ("sobol", []),
-            ("zoom", []),
+            ("cascade", []),
         ):
             out = Path(folder) / "-".join([name, *options])
             arguments = [store, "--encoder", encoder, "--out", str(out), "--design", name]
@@ -104,21 +127,32 @@ def test_reading_a_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
             assert pipeline.pack.main(arguments) == 0
             made = time.perf_counter() - started
             packs = PackSet.open(out)
-            batches = Batches(packs, batch=1, seed=0, augment=False)
-            read = 0
-            batches.at(0)
-            lattices = sum(gy * gx for _, gy, gx in packs.settings.lattices)
-            cells = packs.design.num_values(Extent(SIDE_PX, SIDE_PX))
-            used = 2 * (3 * cells + lattices * len(packs.statistics.token_mean))
-            rows.append(
-                (
-                    " ".join([name, *options]),
-                    f"{read / used:.3f} ({read / 1e3:.0f} kB), sample in "
-                    f"{1e3 * seconds(lambda batches=batches: batches.at(0)):.1f} ms; "  # type: ignore[misc]
-                    f"16 draws packed in {made:.1f} s",
+            parts = range(4) if name == "cascade" else (None,)
+            for part in parts:
+                batches = Batches(packs, batch=1, seed=0, augment=False, part=part)
+                read = 0
+                used = 2 * 3 * _values(batches.at(0).draw, packs)
+                lattices = sum(gy * gx for _, gy, gx in packs.settings.lattices)
+                used += 2 * lattices * len(packs.statistics.token_mean)
+                said = " ".join([name, *options]) + ("" if part is None else f", {'TABC'[part]}")
+                rows.append(
+                    (
+                        said,
+                        f"{read / used:.3f} ({read / 1e3:.0f} kB), sample in "
+                        f"{1e3 * seconds(lambda batches=batches: batches.at(0)):.1f} ms; "  # type: ignore[misc]
+                        f"16 draws packed in {made:.1f} s",
+                    )
                 )
-            )
     report("bytes read per training sample over bytes used", rows)
+
+
+def _values(draw: Draw, packs: PackSet) -> int:
+    """Cells of a sample: of a window its fine cells and its parents."""
+    if isinstance(draw, TopDraw):
+        return draw.present.numel()
+    if isinstance(draw, BlockDraw):
+        return draw.values[0, 0].numel() + draw.parents_present.numel()
+    return packs.design.num_values(Extent(SIDE_PX, SIDE_PX))
 
 
 def _name(design: PointDesign) -> str:

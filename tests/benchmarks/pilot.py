@@ -1,16 +1,17 @@
-"""What the design of the draw decides: uniform, mixed, exact and zoom at equal time of one core.
+"""What the design of the draw decides: uniform, mixed and exact at equal time of one core.
 
     python tests/benchmarks/pilot.py SLIDE --out DIR [--minutes 12] [--designs uniform] [--seeds 0]
     python tests/benchmarks/pilot.py --out DIR --table
 
 Crops of 512 px of one slide, the right quarter held out; 2,048 values of a crop a sample (0.78 %),
-beside which exact and zoom are given the exact coarse lattice of 32 x 32 means; an 8 x 8
-thumbnail as the condition; 1.3 to 1.4 million parameters; white noise, noise levels drawn by the
-shifted cosine. uniform and mixed train the same sparse-operator denoiser (v; features come to the
-lattice from the three nearest points), zoom the pyramid (preconditioned). exact is mixed with what
-the design asks of sparse operators: the lattice reads exact means of u_t beside the mean features
-of each cell, which are left out half of the time and come from one keyed draw in painting. Minutes
-are those of the process's own CPU on one thread, so that a busy machine changes nothing.
+beside which exact is given the exact coarse lattice of 32 x 32 means; an 8 x 8 thumbnail as the
+condition; 1.3 to 1.4 million parameters; white noise, noise levels drawn by the shifted cosine.
+uniform and mixed train the same sparse-operator denoiser (v; features come to the lattice from the
+three nearest points). exact is mixed with what the design asks of sparse operators: the lattice
+reads exact means of u_t beside the mean features of each cell, which are left out half of the time
+and come from one keyed draw in painting. Minutes are those of the process's own CPU on one thread,
+so that a busy machine changes nothing. docs/experiments.md has the results, and those of a joint
+pyramid, which the cascade has replaced.
 
 Measured on held-out crops: power of what is painted over that of what is real, by octave, and the
 mean squared error of x0_hat at the points of a draw when they are evaluated sparsely (as in
@@ -31,22 +32,14 @@ from torch import Tensor
 
 from jobs.evaluate.spectrum import Spectrum
 from model.attention import Condition
-from model.config import DenoiserConfig, PyramidConfig
-from model.design import Extent, MixedDesign, Sampling, UniformDesign, ZoomDesign
-from model.draw import Draw, PointDraw, WindowDraw
-from model.family import (
-    Denoiser,
-    make_denoiser,
-    make_objective,
-    make_painter,
-    noise_of,
-    sampled_range,
-)
-from model.generate import ArrayField, Estimator, Trajectory, advance, finish, start
+from model.design import Extent, MixedDesign, PointDesign, Sampling, UniformDesign
+from model.draw import PointDraw
+from model.family import WHOLE, make_denoiser, make_objectives, make_passes
+from model.generate import ArrayField, Pass, Trajectory, advance, finish, start
 from model.lattice import Box
 from model.solver import DDIM, uniform_steps
 from model.sparse.config import SparseConfig
-from model.sparse.denoiser import Means
+from model.sparse.denoiser import Means, SparseOperatorDenoiser
 from pipeline.draws import Moments, RegionLevels
 from pipeline.packfile import ABSENT, PackStatistics
 from pipeline.readers import open_reader
@@ -58,11 +51,10 @@ PAINTED, MEASURED, STEPS, TILE = 8, 4, 25, 128
 LOG_SNRS = (-9.0, -7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0)
 
 LATTICE = (SIDE >> LEVEL) ** 2
-DESIGNS = {
+DESIGNS: dict[str, PointDesign] = {
     "uniform": UniformDesign(POINTS, LEVEL),
     "mixed": MixedDesign(POINTS, LEVEL, window=16),
     "exact": MixedDesign(POINTS + LATTICE, LEVEL, window=16, lattice=True),
-    "zoom": ZoomDesign(POINTS + LATTICE, LEVEL, window=16, halo=2),
 }
 UNET: dict[str, Any] = {
     "token_dim": 3,
@@ -91,23 +83,10 @@ SPARSE = SparseConfig(
     unet_dropout=0.0,
     **UNET,
 )
-CONFIGS: dict[str, DenoiserConfig] = {
+CONFIGS = {
     "uniform": SPARSE,
     "mixed": SPARSE,
     "exact": replace(SPARSE, means=True, resampling="splat", sums="subset", feature_dropout=0.5),
-    "zoom": PyramidConfig(
-        channels=3,
-        coarse_level=LEVEL,
-        widths=(48, 32, 32, 16),
-        blocks=(1, 1, 1, 1),
-        kernel=5,
-        lookup_level=2,
-        lattice_width=32,
-        lattice_patch=2,
-        schedule="shifted-cosine",
-        unet_widths=(32, 48, 64),
-        **UNET,
-    ),
 }
 
 
@@ -168,35 +147,30 @@ class Slide:
         return Condition(values, centres, sides, (GRID, GRID), torch.tensor(keep))
 
 
-def draw_of(slide: Slide, levels: list[RegionLevels], design: Any, keys: list[int]) -> Draw:
+def draw_of(
+    slide: Slide, levels: list[RegionLevels], design: PointDesign, keys: list[int]
+) -> PointDraw:
     """One draw of each crop."""
     extent, scale = Extent(SIDE, SIDE), 256
     lattice = torch.stack([slide.standardised(each.means(LEVEL)) for each in levels])
     there = torch.ones_like(lattice[..., :1], dtype=torch.bool)
-
-    def values(fixed: np.ndarray) -> tuple[Tensor, Tensor]:
-        present = torch.from_numpy(fixed[..., :1] != ABSENT)
-        return slide.standardised(fixed / scale) * present, present
-
-    if isinstance(design, ZoomDesign):
-        origins = np.stack([design.draw(extent, (key, 0)) for key in keys])
-        windows = [
-            each.windows(o, design.window, scale) for each, o in zip(levels, origins, strict=True)
-        ]
-        seen = values(np.stack(windows))
-        return WindowDraw(lattice, there, *seen, torch.from_numpy(origins))
     cells = np.stack([design.cells(extent, (key, 0)) for key in keys])
-    seen = values(np.stack([each.points(c, scale) for each, c in zip(levels, cells, strict=True)]))
-    return PointDraw(lattice, there, *seen, torch.from_numpy(cells), (SIDE, SIDE))
+    fixed = np.stack([each.points(c, scale) for each, c in zip(levels, cells, strict=True)])
+    present = torch.from_numpy(fixed[..., :1] != ABSENT)
+    values = slide.standardised(fixed / scale) * present
+    return PointDraw(lattice, there, values, present, torch.from_numpy(cells), (SIDE, SIDE))
 
 
-def train(slide: Slide, name: str, seed: int, minutes: float, folder: Path) -> Denoiser:
+def train(
+    slide: Slide, name: str, seed: int, minutes: float, folder: Path
+) -> SparseOperatorDenoiser:
     """The averaged weights after so many minutes of CPU."""
     config = CONFIGS[name]
-    octaves = config.octaves(slide.statistics.signal, slide.statistics.residual, 0.0)
+    octaves = config.octaves(slide.statistics.signal, slide.statistics.residual)
     torch.manual_seed(seed)
     denoiser = make_denoiser(config, octaves)
-    objective = make_objective(denoiser)
+    assert isinstance(denoiser, SparseOperatorDenoiser)
+    objective = make_objectives(denoiser)[WHOLE]
     average = {key: value.clone() for key, value in denoiser.state_dict().items()}
     optimizer = torch.optim.AdamW(denoiser.parameters(), LEARNING_RATE, (0.9, 0.99))
     random = np.random.default_rng(seed)
@@ -227,27 +201,30 @@ def train(slide: Slide, name: str, seed: int, minutes: float, folder: Path) -> D
     return denoiser.eval().requires_grad_(False)
 
 
-def painter_of(denoiser: Denoiser, condition: Condition) -> Estimator:
+def pass_of(denoiser: SparseOperatorDenoiser, condition: Condition) -> Pass:
     sampling = Sampling(DESIGNS["exact"], POINTS / SIDE**2)
-    return make_painter(denoiser, condition, guidance=1.0, tile=TILE, level=0, sampling=sampling)
+    (only,) = make_passes(
+        denoiser, condition, guidance=1.0, tile=TILE, level=0, steps=STEPS, sampling=sampling
+    )
+    return only
 
 
 def dense_estimate(
-    denoiser: Denoiser, condition: Condition, field: np.ndarray, log_snr: float
+    denoiser: SparseOperatorDenoiser, condition: Condition, field: np.ndarray, log_snr: float
 ) -> np.ndarray:
     """x0_hat on a whole crop of u_t."""
-    painter = painter_of(denoiser, condition)
+    painter, _ = pass_of(denoiser, condition).prepare(None)
     out = np.empty_like(field)
     for box, _, x0 in painter.estimate(ArrayField(field), log_snr):
         out[:, box.y : box.y + box.height, box.x : box.x + box.width] = x0.numpy()
     return out
 
 
-def paint(denoiser: Denoiser, condition: Condition, seed: int) -> np.ndarray:
+def paint(denoiser: SparseOperatorDenoiser, condition: Condition, seed: int) -> np.ndarray:
     fields = [ArrayField(np.zeros((3, SIDE, SIDE), np.float32)) for _ in range(2)]
-    steps = uniform_steps(*sampled_range(denoiser), STEPS - 1)
-    painter = painter_of(denoiser, condition)
-    start(fields[0], noise_of(denoiser), seed, steps[0].now)
+    only = pass_of(denoiser, condition)
+    steps, (painter, _) = uniform_steps(*only.log_snrs, STEPS - 1), only.prepare(None)
+    start(fields[0], only.noise, seed, steps[0].now)
     for step in steps:
         advance(painter, DDIM(), step, Trajectory(fields[0], fields[1]))
         fields.reverse()
@@ -255,7 +232,9 @@ def paint(denoiser: Denoiser, condition: Condition, seed: int) -> np.ndarray:
     return fields[1].array
 
 
-def errors(slide: Slide, denoiser: Denoiser, name: str, log_snr: float) -> tuple[float, float]:
+def errors(
+    slide: Slide, denoiser: SparseOperatorDenoiser, name: str, log_snr: float
+) -> tuple[float, float]:
     """Mean squared error of x0_hat at pixels of held-out draws: sparse, dense."""
     random, found = np.random.default_rng(7), []
     for key in range(MEASURED):
@@ -263,14 +242,13 @@ def errors(slide: Slide, denoiser: Denoiser, name: str, log_snr: float) -> tuple
         levels = [slide.levels(corner)]
         condition = slide.condition(levels, [True])
         truth = slide.standardised(levels[0].means(0)).permute(2, 0, 1)
-        noise = noise_of(denoiser).box(key, Box(0, 0, 0, SIDE, SIDE))
+        noise = denoiser.noise.box(key, Box(0, 0, 0, SIDE, SIDE))
         at = torch.tensor([log_snr])
         u = at.sigmoid().sqrt() * truth + (-at).sigmoid().sqrt() * noise
         dense = torch.from_numpy(dense_estimate(denoiser, condition, u.numpy(), log_snr))
         draw = draw_of(slide, levels, DESIGNS[name], [key])
-        assert isinstance(draw, PointDraw)
         points, values = draw.points()
-        xi = noise_of(denoiser).at(torch.tensor([key]), points)
+        xi = denoiser.noise.at(torch.tensor([key]), points)
         there = values + torch.exp(-at / 2) * xi
         means = None
         if denoiser.config.means:
@@ -293,7 +271,7 @@ def errors(slide: Slide, denoiser: Denoiser, name: str, log_snr: float) -> tuple
 
 
 def measure(
-    slide: Slide, denoiser: Denoiser, name: str, seed: int, folder: Path
+    slide: Slide, denoiser: SparseOperatorDenoiser, name: str, seed: int, folder: Path
 ) -> dict[str, Any]:
     random, rows = np.random.default_rng(5), []
     real, painted = Spectrum.zero(), Spectrum.zero()
@@ -310,10 +288,10 @@ def measure(
             pair = np.concatenate([slide.crop(corner), np.clip(image, 0, 255)], axis=2)
             rows.append(pair.transpose(1, 2, 0).round().astype(np.uint8))
     Image.fromarray(np.concatenate(rows)).save(folder / f"{name}-{seed}.png")
-    result = {"octaves": np.log2(painted.variances() / real.variances()).round(3).tolist()}
-    if name != "zoom":
-        result["errors"] = {str(level): errors(slide, denoiser, name, level) for level in LOG_SNRS}
-    return result
+    return {
+        "octaves": np.log2(painted.variances() / real.variances()).round(3).tolist(),
+        "errors": {str(level): errors(slide, denoiser, name, level) for level in LOG_SNRS},
+    }
 
 
 def table(folder: Path) -> None:
@@ -326,7 +304,7 @@ def table(folder: Path) -> None:
         spread = octaves.std(axis=0, ddof=1) if len(octaves) > 1 else np.zeros(octaves.shape[1])
         cells = [f"{m:+.2f} ± {s:.2f}" for m, s in zip(octaves.mean(axis=0), spread, strict=True)]
         print(f"| {name} ({len(results)} seeds) | {' | '.join(cells)} |")
-    for name in ("uniform", "mixed", "exact"):
+    for name in DESIGNS:
         for file in sorted(folder.glob(f"{name}-*.json")):
             found = json.loads(file.read_text())["errors"]
             cells = [f"{s:.4f} / {d:.4f}" for s, d in found.values()]
