@@ -1,8 +1,8 @@
 """What steps the weights: AdamW, or Muon for the matrices of a network and AdamW for the rest.
 
 Muon (Jordan et al., 2024) moves a matrix by the orthogonal part of its momentum. Scaled to the
-root mean square of AdamW's moves (Liu et al., 2025), both take one learning rate. It is torch's own
-`torch.optim.Muon`; convolutions of a cascade keep their kernels as matrices for it.
+root mean square of AdamW's moves (Liu et al., 2025), both take one learning rate. It is torch's
+own `torch.optim.Muon`; convolutions of a cascade keep their kernels as matrices for it.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,10 +45,11 @@ class Joint(torch.optim.Optimizer):
 def make_optimizer(
     module: nn.Module, name: OptimizerName, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The optimizer of a module's parameters, without weight decay; AdamW has the betas of ∞-Diff's
-    code.
+    """The optimizer of a module's parameters, without weight decay; AdamW has the betas of
+    ∞-Diff's code.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for path, parameter in module.named_parameters():
         muon = name == "muon" and parameter.ndim == 2 and parameter.numel() >= LEAST_MATRIX
         muon = muon and not any(part in path for part in NO_MATRICES)

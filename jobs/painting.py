@@ -85,9 +85,9 @@ def paint(
     """
     if edit is not None and mollifier_sigma_px:
         raise ValueError(
-            f"the denoiser paints images mollified by {mollifier_sigma_px:g} px, of which no exact "
-            "values are known before they are painted; edit with a run whose mollifier_sigma_px "
-            "is 0"
+            f"the denoiser paints images mollified by {mollifier_sigma_px:g} px, of which no "
+            "exact values are known before they are painted; edit with a run whose "
+            "mollifier_sigma_px is 0"
         )
     state = _State(work, recipe)
     above: Field | None = None
@@ -202,7 +202,7 @@ class _State:
         self.passes[name] = done
         self.seconds += seconds
         if self.work is not None:
-            state = {"recipe": self.recipe.to_json(), "passes": self.passes}
+            state: dict[str, Any] = {"recipe": self.recipe.to_json(), "passes": self.passes}
             state["seconds"] = round(self.seconds, 1)
             console.write_json_atomic(self.work / "state.json", state)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from jobs.data import Batch, Batches
 from jobs.engine import Ranks
 from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
+from model.draw import BlockDraw, TopDraw
 from model.family import Objective
 
 HELD_OUT_PART = 0.03
@@ -81,7 +82,7 @@ class Part:
         self.held_out_error: float | None = None
         self._source: Iterator[Batch] | None = None
         self._averaged = list(ema.values())
-        self._weights = list(objective.parameters())
+        self._weights: list[Tensor] = list(objective.parameters())
         assert len(self._averaged) == len(self._weights)
 
     @property
@@ -144,6 +145,7 @@ class Part:
         assert self.held_out_batch is not None and isinstance(self.objective, BlockObjective)
         started = time.perf_counter()
         batch, split = self.held_out_batch
+        assert isinstance(batch.draw, TopDraw | BlockDraw)
         with torch.no_grad():
             kept = [weight.clone() for weight in self._weights]
             torch._foreach_copy_(self._weights, self._averaged)

@@ -107,7 +107,7 @@ def _weights(draw: Draw) -> Float[Tensor, "b 1 h w"]:
 
 def _tile(
     values: Float[Tensor, "c h w"], weight: Float[Tensor, "1 h w"], config: RunConfig
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> UInt8[np.ndarray, "side side 3"]:
     """Standardised values as a square with a gap to the right and below; grey where absent."""
     pixels = config.statistics.to_pixels(values.permute(1, 2, 0).float().cpu().numpy())
     rgb = to_uint8(pixels, config)

@@ -31,7 +31,7 @@ class RunState:
     checkpoint: str | None
     restarts: int
     job_id: str | None
-    parts: dict[str, list[float]] = field(default_factory=dict)
+    parts: dict[str, list[int | float]] = field(default_factory=dict)
 
     @property
     def host_and_process(self) -> tuple[str, str]:

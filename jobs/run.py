@@ -38,6 +38,7 @@ from jobs.record import (
     read_record,
     read_state,
 )
+from model.cascade.range import ValueRange
 from model.config import DenoiserConfig, config_from_dict
 from model.family import Denoiser, make_denoiser
 from model.process import Octaves
@@ -71,6 +72,14 @@ class RunConfig:
             np.array(self.statistics.token_mean, np.float32),
             np.array(self.statistics.token_std, np.float32),
         )
+
+    def value_range(self) -> ValueRange | None:
+        """What values generated images can have, where the packs say so."""
+        found = self.statistics
+        if not found.low:
+            return None
+        parts = (found.colour, found.mean, found.low, found.high)
+        return ValueRange(*(torch.tensor(part, dtype=torch.float64) for part in parts))
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))

@@ -266,7 +266,7 @@ def _finished(before: RunState | None, goals: Mapping[str, Goal]) -> bool:
     """Whether an earlier process took the last steps, or used up the time that is given now."""
     if before is None or before.status != "done" or before.checkpoint is None:
         return False
-    nothing = [0, 0.0]
+    nothing: list[int | float] = [0, 0.0]
     return all(
         goal.progress(int(steps), seconds) >= 1.0
         for name, goal in goals.items()

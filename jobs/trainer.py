@@ -284,17 +284,18 @@ class Trainer:
             torch.distributed.all_reduce(losses, op=torch.distributed.ReduceOp.SUM)
             losses = losses / self.ranks.world
         levels = getattr(part.objective, "levels", range(len(losses)))
+        loss = float(losses.mean())
         line = {
             "step": self.step,
             "part": part.name,
             "part_step": part.step,
-            "loss": float(losses.mean()),
+            "loss": loss,
             "levels": list(levels),
             "level_losses": [round(float(value), 5) for value in losses],
             "learning_rate": learning_rate,
             "seconds": round(self.seconds, 2),
         }
-        scalars = {f"loss/{part.name}": line["loss"]}
+        scalars = {f"loss/{part.name}": loss}
         for level, value in zip(levels, losses, strict=True):
             scalars[f"loss/{part.name}/level{level}"] = float(value)
         self._write(lambda: self._append(line, scalars))

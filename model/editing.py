@@ -7,7 +7,8 @@ last one, which is the image, satisfies it to rounding:
     area means (super-resolution)    P x0 = x0 + up(low - mean x0),    up constant over a cell
     known pixels (inpainting)        P x0 = known where it is known, x0 elsewhere
 
-A trajectory starts from sqrt(abar) P 0 + sqrt(1 - abar) xi. Its known part then stays at
+A trajectory starts from sqrt(abar) P g + sqrt(1 - abar) xi, g what is guessed beforehand: 0, or
+what finished parents predict (`Constraint.guess`). Its known part then stays at
 sqrt(abar) P x0 + sqrt(1 - abar) n, whatever the solver: in a step
 
     u' = alpha' x0_hat + sqrt(sigma'^2 - s^2) (u - alpha x0_hat) / sigma + s n'
@@ -91,6 +92,9 @@ class AreaMeans:
         error[:, :, max(width - coarse.x, 0) :] = 0.0
         return x0 + error.repeat_interleave(self.cell, 1).repeat_interleave(self.cell, 2)
 
+    def guess(self, box: Box, like: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        return self.project(box, torch.zeros_like(like))
+
 
 @dataclass(frozen=True)
 class Known:
@@ -120,6 +124,9 @@ class Known:
     def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
         known = self.known_part(box, x0) != 0
         return torch.where(known, _read(self.values, box, x0), x0)
+
+    def guess(self, box: Box, like: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        return self.project(box, torch.zeros_like(like))
 
 
 def _read(source: Source, box: Box, like: Tensor) -> Float[Tensor, "c h w"]:
@@ -151,6 +158,9 @@ class Partly:
     def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
         return torch.lerp(x0, _read(self.values, box, x0), self.known_part(box, x0))
 
+    def guess(self, box: Box, like: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        return self.project(box, torch.zeros_like(like))
+
 
 @dataclass(frozen=True)
 class Within:
@@ -172,6 +182,9 @@ class Within:
         free = 1 - self.known.known_part(box, x0)
         left = F.avg_pool2d(wanted - x0, side) / F.avg_pool2d(free, side).clamp_min(_LEAST_FREE)
         return x0 + left.repeat_interleave(side, 1).repeat_interleave(side, 2) * free
+
+    def guess(self, box: Box, like: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        return self.project(box, self.parents.guess(box, like))
 
 
 _LEAST_FREE = 1e-6
@@ -287,6 +300,9 @@ class Both:
     def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
         return self.first.project(box, self.second.project(box, x0))
 
+    def guess(self, box: Box, like: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        return self.first.project(box, self.second.guess(box, like))
+
 
 @dataclass(frozen=True)
 class Edited:
@@ -306,8 +322,8 @@ class Edited:
 def start_from(
     field: Field, constraint: Constraint, log_snr: float, *, level: int = 0, tile: int = 512
 ) -> None:
-    """Add sqrt(abar) P 0 to a field that `generate.start` wrote at the first log-SNR."""
+    """Add sqrt(abar) times what is guessed to a field that `generate.start` wrote at the first log-SNR."""
     alpha = (1.0 + np.exp(-log_snr)) ** -0.5
     for box in tiles(*field.shape[1:], max(tile, constraint.cell), level=level):
         u = field.read(box)
-        field.write(box, u + constraint.project(box, torch.zeros_like(u)) * alpha)
+        field.write(box, u + constraint.guess(box, u) * alpha)

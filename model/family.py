@@ -11,6 +11,7 @@ from model.cascade.config import CascadeConfig
 from model.cascade.denoiser import CascadeDenoiser
 from model.cascade.objective import BlockObjective
 from model.cascade.painter import cascade_passes
+from model.cascade.range import ValueRange
 from model.config import PUBLISHED_OVERLAP, DenoiserConfig
 from model.design import EVERY_PIXEL, Sampling
 from model.generate import Pass
@@ -83,16 +84,23 @@ def make_passes(
     steps: int | None,
     overlap: float | None = None,
     sampling: Sampling = EVERY_PIXEL,
+    values: ValueRange | None = None,
 ) -> list[Pass]:
     """The trajectories by which an image of cells of `level` is generated, one after the other.
 
     steps: evaluations of each; None for the denoiser's own numbers. overlap: of the windows of
     patch diffusion, where it is not the published one. sampling: of the images that sparse
-    operators were trained on.
+    operators were trained on. values: that images can have, for cascades.
     """
     if isinstance(denoiser, CascadeDenoiser):
         return cascade_passes(
-            denoiser, condition, guidance=guidance, tile=tile, level=level, steps=steps
+            denoiser,
+            condition,
+            guidance=guidance,
+            tile=tile,
+            level=level,
+            steps=steps,
+            values=values,
         )
     evaluations = DEFAULT_STEPS if steps is None else steps
     if isinstance(denoiser, SparseOperatorDenoiser):
@@ -101,12 +109,12 @@ def make_passes(
         # (docs/experiments.md).
         bounds = log_snr_range(denoiser.schedule, denoiser.octaves)
         painter = SparsePainter(denoiser, condition, guidance, tile, sampling, level)
-        return [Pass(WHOLE, level, evaluations, bounds, denoiser.noise, lambda _: painter)]
+        return [Pass(WHOLE, level, evaluations, bounds, denoiser.noise, lambda _: (painter, None))]
     window = PUBLISHED_OVERLAP if overlap is None else overlap
     patches = PatchPainter(denoiser, condition, guidance, tile, window)
     bounds = denoiser.octaves.log_snr_range()
     noise = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
-    return [Pass(WHOLE, level, evaluations, bounds, noise, lambda _: patches)]
+    return [Pass(WHOLE, level, evaluations, bounds, noise, lambda _: (patches, None))]
 
 
 DEFAULT_STEPS = 20

@@ -117,6 +117,10 @@ class Constraint(Protocol):
         """The nearest values on a box of the field that satisfy it."""
         ...
 
+    def guess(self, box: Box, like: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        """Of the values that satisfy it, those that are expected while nothing else is known."""
+        ...
+
 
 @dataclass(frozen=True)
 class Pass:

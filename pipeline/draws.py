@@ -16,6 +16,7 @@ from model.haar import INTERPOLATION_MARGIN, details, predicted, zero_mean
 from model.mollifier import mollify
 from pipeline.packfile import ABSENT, PART_SCALE
 
+EXTREME = 1e-3
 LEAST_PART = 0.5
 """Of a top cell that must be valid for it to be learned from."""
 
@@ -141,7 +142,7 @@ class CascadeLevels:
         """Levels of channel-first pixels; sides must be multiples of 2^coarse_level."""
         parts = [valid.astype(np.float32)]
         for _ in range(coarse_level):
-            parts.append(_quarter(parts[-1]) / 4)
+            parts.append((_quarter(parts[-1]) / 4).astype(np.float32))
         whole = pixels if valid.all() else filled(pixels, valid, coarse_level)
         return cls(RegionLevels.of(whole, np.ones_like(valid), coarse_level), parts)
 
@@ -229,10 +230,10 @@ Energy = tuple[float, Float64[np.ndarray, "c c"]]
 class Moments:
     """Sums from which a data set's statistics follow; those of several regions add up.
 
-    pixels, total: count and outer products of the pixels, and their per-band sum. details: the same
-    of each octave's detail. residuals: of what is left of it below the top lattice without what the
-    parents of its block of octaves predict; none without blocks. region_means: per-band mean of
-    every region.
+    pixels, total: count and outer products of the pixels, and their per-band sum. details: the
+    same of each octave's detail. residuals: of what is left of it below the top lattice without
+    what the parents of its block of octaves predict; none without blocks. region_means: per-band
+    mean of every region. low, high: of the values of each level, outside of which hardly any lie.
     """
 
     pixels: Energy
@@ -240,6 +241,8 @@ class Moments:
     details: list[Energy]
     residuals: list[Energy]
     region_means: list[Float64[np.ndarray, " c"]]
+    low: Float64[np.ndarray, "levels c"]
+    high: Float64[np.ndarray, "levels c"]
 
     @classmethod
     def of(
@@ -266,7 +269,9 @@ class Moments:
             octaves.append(_energy((means[:h, :w] - _repeat(parents))[_repeat(whole)]))
             means, valid = parents, whole
         means_of_region = [pixels.mean(axis=0)] if len(pixels) else []
-        return cls(_energy(pixels), pixels.sum(axis=0), octaves, residuals, means_of_region)
+        low, high = _extremes(levels)
+        total = pixels.sum(axis=0)
+        return cls(_energy(pixels), total, octaves, residuals, means_of_region, low, high)
 
     def __add__(self, other: "Moments") -> "Moments":
         def merge(a: Energy, b: Energy) -> Energy:
@@ -278,6 +283,8 @@ class Moments:
             [merge(a, b) for a, b in zip(self.details, other.details, strict=True)],
             [merge(a, b) for a, b in zip(self.residuals, other.residuals, strict=True)],
             self.region_means + other.region_means,
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
         )
 
     def mean(self) -> Float64[np.ndarray, " c"]:
@@ -337,6 +344,18 @@ def _central(
         parents,
         levels.valid[level + 1][y : y + side_y, x : x + side_x],
     )
+
+
+def _extremes(
+    levels: RegionLevels, most: int = 1 << 18
+) -> tuple[Float64[np.ndarray, "levels c"], Float64[np.ndarray, "levels c"]]:
+    """The quantiles of a thousandth at either end, of every level and band."""
+    found = []
+    for level, sums in enumerate(levels.sums):
+        step = max(int(np.sqrt(sums.shape[0] * sums.shape[1] / most)), 1)
+        values = sums[::step, ::step].reshape(-1, sums.shape[2]) / levels.steps(level)
+        found.append(np.quantile(values, (EXTREME, 1 - EXTREME), axis=0))
+    return np.stack([pair[0] for pair in found]), np.stack([pair[1] for pair in found])
 
 
 def _residuals(levels: RegionLevels, block: WindowsBelow, side: int) -> list[Energy]:

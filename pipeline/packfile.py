@@ -3,8 +3,9 @@
 One sample of a shard is one region: `KEY.json` (place, valid fraction, label), `KEY.tokens.npy`
 (once, not once per pack), `KEY.coarse.npy` (the lattice of area means) and `KEY.p00.bin`,
 `KEY.p01.bin` ..., one draw each: the values of its cells, of points in the order of the design, of
-a patch in the order (y, x, channel), of a cascade window after window (`WindowLayout`). KEY is an integer. Any WebDataset reader can
-stream a shard; random access takes a few ranges of it through the index.
+a patch in the order (y, x, channel), of a cascade window after window (`WindowLayout`). KEY is an
+integer. Any WebDataset reader can stream a shard; random access takes a few ranges of it through
+the index.
 
 Values are uint16 in fixed point: pixel value x `value_scale`, so that area means of 8-bit pixels
 are kept to 1/256 of a grey level. 65,535 marks a cell that is absent: outside the image, or not
@@ -115,7 +116,8 @@ class PackStatistics:
     mean: per band, in pixel values. colour: the symmetric square root of the bands' covariance, so
     that pixel = mean + colour u for a standardised u whose bands are uncorrelated. signal,
     residual: variances of u's octaves (see `model.process.Octaves`). token_mean, token_std: per
-    embedding dimension.
+    embedding dimension. low, high: of the values of cells, a row a level from the pixel on, a
+    column a band, outside of which hardly any lie; () where nothing is generated level by level.
     """
 
     mean: tuple[float, ...]
@@ -124,6 +126,8 @@ class PackStatistics:
     residual: tuple[float, ...]
     token_mean: tuple[float, ...]
     token_std: tuple[float, ...]
+    low: tuple[tuple[float, ...], ...] = ()
+    high: tuple[tuple[float, ...], ...] = ()
 
     def standardise(self, pixels: Float32[np.ndarray, "*n c"]) -> Float32[np.ndarray, "*n c"]:
         """Pixel values -> u."""

@@ -38,7 +38,10 @@ OCTAVES = Octaves(
     noise=NoiseSpectrum(top_level=7),
 )
 DESIGN = CascadeDesign(
-    points=4_000, coarse_level=5, blocks=(WindowsBelow(2, 5, 3), WindowsBelow(0, 2, 8))
+    points=4_000,
+    coarse_level=5,
+    blocks=(WindowsBelow(2, 5, 3), WindowsBelow(0, 2, 8)),
+    parts=(0.5, 0.5),
 )
 
 

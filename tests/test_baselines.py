@@ -21,8 +21,8 @@ from model.baselines import (
     window_starts,
 )
 from model.config import PatchConfig, config_from_dict, preset
-from model.draw import WindowDraw
-from model.family import make_denoiser, make_painter
+from model.draw import PatchDraw
+from model.family import make_denoiser, make_passes
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.lattice import Box
 from model.noise import NoiseTree
@@ -44,7 +44,7 @@ CONFIG = PatchConfig(
 def denoiser(seed: int = 0) -> PatchDenoiser:
     """A float64 denoiser whose zero-initialised layers have been given weights."""
     torch.manual_seed(seed)
-    octaves = CONFIG.octaves(OCTAVES.signal, OCTAVES.residual, 0.005)
+    octaves = CONFIG.octaves(OCTAVES.signal, OCTAVES.residual)
     net = PatchDenoiser(CONFIG, octaves).double()
     for parameter in net.parameters():
         if parameter.abs().max() == 0:
@@ -154,7 +154,7 @@ class Oracle(PatchDenoiser):
     """Knows u_0: returns its crops, in the order in which the windows come."""
 
     def __init__(self, truth: Tensor, crops: list[tuple[int, int]]) -> None:
-        super().__init__(CONFIG, CONFIG.octaves(OCTAVES.signal, OCTAVES.residual, 0.0))
+        super().__init__(CONFIG, CONFIG.octaves(OCTAVES.signal, OCTAVES.residual))
         self.double()
         self.truth, self.crops = truth, list(crops)
 
@@ -228,21 +228,13 @@ def test_what_cannot_be_painted_is_a_sentence() -> None:
         preset("tiny", channels=2, token_dim=6).check_painting(0.5, 64, 64, level=0)
 
 
-def draw(batch: int) -> WindowDraw:
-    values = vectors(batch, 1, 1, 16, 16, 2)
-    return WindowDraw(
-        vectors(batch, 2, 2, 2),
-        torch.ones(batch, 2, 2, 1, dtype=torch.bool),
-        values,
-        torch.ones_like(values[..., :1], dtype=torch.bool),
-        torch.zeros(batch, 1, 1, 2, dtype=torch.int64),
-    )
+def draw(batch: int) -> PatchDraw:
+    values = vectors(batch, 2, 16, 16)
+    return PatchDraw(values, torch.ones_like(values[:, :1], dtype=torch.bool))
 
 
-def part(whole_draw: WindowDraw, i: int) -> WindowDraw:
-    return WindowDraw(
-        *(getattr(whole_draw, f.name)[i : i + 1] for f in dataclasses.fields(WindowDraw))
-    )
+def part(whole_draw: PatchDraw, i: int) -> PatchDraw:
+    return PatchDraw(whole_draw.values[i : i + 1], whole_draw.present[i : i + 1])
 
 
 def test_the_process_covers_every_octave_of_a_patch_from_drowned_to_clean() -> None:
@@ -272,7 +264,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_parts() -> None:
 
 def test_an_untrained_network_is_the_wiener_estimate_and_its_loss_one() -> None:
     """F = 0 at first; whatever the octaves, the target has variance one where pixels have S."""
-    octaves = CONFIG.octaves((0.02, 0.03, 0.05, 0.2, 0.7), (), 0.0)
+    octaves = CONFIG.octaves((0.02, 0.03, 0.05, 0.2, 0.7), ())
     objective = PatchObjective(PatchDenoiser(CONFIG, octaves).double())
     given_ = condition((1, 1), batch=64)
     for uniform in (0.1, 0.5, 0.9):
@@ -282,12 +274,11 @@ def test_an_untrained_network_is_the_wiener_estimate_and_its_loss_one() -> None:
 
 def test_what_is_absent_is_neither_seen_nor_scored() -> None:
     objective, given_ = PatchObjective(denoiser()), condition((1, 1))
-    here = draw(1).windows_present.clone()
-    here[:, :, :, 3:9, 2:11] = False
+    here = draw(1).present.clone()
+    here[:, :, 3:9, 2:11] = False
     losses = []
     for filling in (0.0, 1e6):
-        values = torch.where(here, draw(1).windows, filling)
-        one = dataclasses.replace(draw(1), windows=values, windows_present=here)
+        one = PatchDraw(torch.where(here, draw(1).values, filling), here)
         losses.append(objective(one, given_, torch.tensor([5]), torch.tensor([0.5]).double()))
     torch.testing.assert_close(losses[0], losses[1])
     full = objective(draw(1), given_, torch.tensor([5]), torch.tensor([0.5]).double())
@@ -319,7 +310,9 @@ def test_a_trajectory_is_painted_by_the_same_loop_whatever_the_tiles() -> None:
         np.testing.assert_allclose(
             fields[0].array, noise.numpy() / math.sqrt(1 + math.exp(low)), rtol=1e-6
         )
-        painter = make_painter(net, given_, guidance=1.5, tile=tile, level=0, overlap=0.5)
+        (only,) = make_passes(net, given_, guidance=1.5, tile=tile, level=0, steps=4, overlap=0.5)
+        painter, constraint = only.prepare(None)
+        assert constraint is None and only.log_snrs == (low, high)
         for i, step in enumerate(steps):
             advance(painter, DDIM(), step, Trajectory(fields[i % 2], fields[(i + 1) % 2]))
         finish(painter, high, Trajectory(fields[1], fields[0]))
@@ -331,7 +324,7 @@ def test_a_trajectory_is_painted_by_the_same_loop_whatever_the_tiles() -> None:
 def test_presets_have_the_size_they_claim(name: str, millions: float) -> None:
     with torch.device("meta"):
         config = preset(name, channels=3, token_dim=1024)
-        net = make_denoiser(config, config.octaves((0.1,) * 13, (0.1,) * 5, 0.0))
+        net = make_denoiser(config, config.octaves((0.1,) * 13, (0.1,) * 5))
     assert isinstance(net, PatchDenoiser)
     count = sum(p.numel() for p in net.parameters()) / 1e6
     assert abs(count / millions - 1) < 0.05, count

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chain import SIDE_PX, Chain
+from chain import POINTS, SIDE_PX, Chain
 from PIL import Image
 
 import jobs.compare
@@ -53,7 +53,7 @@ def score(name: str, **changes: object) -> dict[str, object]:
 
 
 def test_the_table_says_every_number_with_its_floor_interval_and_n() -> None:
-    ours = score("ours", recipe={"steps": 20, "solver": "ddim", "guidance": 1.0}, design="zoom")
+    ours = score("ours", recipe={"steps": 20, "solver": "ddim", "guidance": 1.0}, design="cascade")
     facts = {"hardware": "two cores", "minutes": 8, "size_px": 1024}
     table = to_markdown({**facts, "contestants": [ours, score("patch")]})
     rows = [line for line in table.splitlines() if line.startswith("| patch")]
@@ -144,7 +144,7 @@ def test_a_small_comparison_ends_and_repeats_nothing(
         [[contestants]]
         name = "ours"
         preset = "tiny"
-        pack = ["--points", "14000", "--packs-per-region", "1"]
+        pack = ["--points", "{POINTS}", "--packs-per-region", "1"]
         train = {train}
         [[contestants]]
         name = "patch"

@@ -2,82 +2,112 @@
 
 import numpy as np
 import pytest
+from fields import DESIGN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.design import (
+    CascadeDesign,
     Extent,
     MixedDesign,
     PatchDesign,
     PointDesign,
     SobolDesign,
     UniformDesign,
-    ZoomDesign,
     make_design,
 )
 
-SMALL = ZoomDesign(points=4_000, coarse_level=3, window=16, halo=2)
 SPARSE = MixedDesign(points=350, coarse_level=3, window=6)
 
 
-@settings(max_examples=40)
-@given(st.sampled_from([512, 1024, 4096]), st.integers(0, 2**62), st.integers(0, 999))
-def test_children_lie_in_the_interior_of_their_parents(side: int, seed: int, pack: int) -> None:
-    design = ZoomDesign()
-    origins = design.draw(Extent(side, side), (seed, 3, pack))
-    assert origins.shape == (*design.shape(Extent(side, side)), 2)
-    assert (origins % 2 == 0).all()
-    child, parent = origins[:, :-1] // 2, origins[:, 1:]
-    assert (child - 1 >= parent + design.halo).all()
-    last = child + design.window // 2
-    assert (last + 1 <= parent + design.window - design.halo).all()
-    assert np.array_equal(origins, design.draw(Extent(side, side), (seed, 3, pack)))
+@given(st.integers(20_000, 200_000), st.integers(1, 40), st.integers(1, 40))
+def test_a_cascade_draw_never_exceeds_its_budget(points: int, down: int, across: int) -> None:
+    """And holds what it says: at least one window of each block, or the points it needs."""
+    design, image = CascadeDesign(points=points), Extent(256 * down, 256 * across)
+    lattice = down * across
+    least = lattice + sum(block.cells(image, design.margin) for block in design.blocks)
+    if points < least:
+        with pytest.raises(ValueError, match=f"ask for --points {least} or more"):
+            design.num_values(image)
+        return
+    origins, held = design.draw(image, (0, 1)), lattice
+    for block, windows in zip(design.blocks, origins, strict=True):
+        h, w = block.shape(image)
+        fine, around = (h << block.octaves) * (w << block.octaves), (h + 6) * (w + 6)
+        held += len(windows) * (fine + around)
+        assert len(windows) >= 1
+    assert tuple(len(windows) for windows in origins) == design.numbers(image)
+    assert held == design.num_values(image) == lattice + design.num_cells(image) <= points
 
 
-@given(st.integers(20_000, 200_000), st.sampled_from([256, 1024, 4096]))
-def test_a_draw_never_exceeds_its_budget(points: int, side: int) -> None:
-    design = ZoomDesign(points=points)
-    lattice = (side // 32) ** 2
-    if points - lattice < 5 * 48**2:
-        with pytest.raises(ValueError, match="ask for --points"):
-            design.num_values(Extent(side, side))
-    else:
-        assert points - 5 * 48**2 < design.num_values(Extent(side, side)) <= points
+def test_the_published_budget_holds_regions_from_256_to_32768_px() -> None:
+    """As many values whatever the region, and windows of every block."""
+    found = {}
+    for side in (256, 512, 1024, 4096, 8192, 32_768):
+        image = Extent(side, side)
+        found[side] = (CascadeDesign().num_values(image), CascadeDesign().numbers(image))
+        assert found[side][0] <= 65_536
+        fine = (CascadeDesign().num_values(image) - image.lattice_cells(8)) / 65_536
+        assert side < 4096 or fine > 0.7
+    # 16^2 of the top; 14^2 + 64^2 values a window of A or B, 38^2 + 128^2 of C.
+    windows = found[4096][1]
+    assert found[4096][0] == 256 + (windows[0] + windows[1]) * (196 + 4096) + windows[2] * 17_828
+    assert found[256][1][0] == 1
 
 
-def test_the_published_budget_of_4096() -> None:
-    assert ZoomDesign().num_values(Extent(4096, 4096)) == 128**2 + 4 * 5 * 48**2 <= 65_536
+@pytest.mark.parametrize("size", [(128, 96), (32, 64)])
+def test_every_pixel_is_drawn_equally_often_by_the_windows_of_each_block(
+    size: tuple[int, int],
+) -> None:
+    """Counts over many draws are binomial, with one probability for all cells, those of the border
+    too; a region with no more parents than a window is drawn whole.
+    """
+    image, draws = Extent(*size), 4_000
+    drawn = [DESIGN.draw(image, (0, number)) for number in range(draws)]
+    for number, block in enumerate(DESIGN.blocks):
+        cells = [side >> block.parents for side in size]
+        counts, shape = np.zeros(cells), block.shape(image)
+        windows = DESIGN.numbers(image)[number]
+        for origins in drawn:
+            for origin in origins[number]:
+                first = np.maximum(origin, 0)
+                last = origin + shape
+                assert ((last > 0) & (origin < cells)).all()
+                counts[first[0] : last[0], first[1] : last[1]] += 1
+        parts = [
+            1.0 if extent <= side else side / (extent + side - 1)
+            for extent, side in zip(cells, shape, strict=True)
+        ]
+        part = parts[0] * parts[1]
+        error = 5 * np.sqrt(draws * windows * part * (1 - part))
+        assert abs(counts - draws * windows * part).max() <= error
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 16), (2, 14)])
-def test_every_pixel_is_drawn_and_scored_equally_often(low: int, high: int) -> None:
-    """Counts over many draws are binomial, with one probability for all pixels."""
-    side, draws = 32, 6_000
-    counts = np.zeros((side, side))
-    chains, _ = SMALL.shape(Extent(side, side))
-    for number in range(draws):
-        for y, x in SMALL.draw(Extent(side, side), (0, number))[:, 0]:
-            ys, xs = np.arange(y + low, y + high), np.arange(x + low, x + high)
-            counts[np.ix_(ys[(ys >= 0) & (ys < side)], xs[(xs >= 0) & (xs < side)])] += 1
-    positions = side // 2 + SMALL.window // 2 - 1
-    expected = draws * chains * ((high - low) / 2 / positions) ** 2
-    assert abs(counts - expected).max() < 5 * np.sqrt(expected)
+def test_draws_differ_by_key_and_the_same_key_draws_the_same() -> None:
+    image = Extent(256, 256)
+    first, again = (DESIGN.draw(image, (0, 0)) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a, b)
+    for key in ((0, 1), (1, 0)):
+        for a, b in zip(first, DESIGN.draw(image, key), strict=True):
+            assert not np.array_equal(a, b)
 
 
-def test_draws_differ_by_key() -> None:
-    first = SMALL.draw(Extent(64, 64), (0, 0))
-    assert not np.array_equal(first, SMALL.draw(Extent(64, 64), (0, 1)))
-    assert not np.array_equal(first, SMALL.draw(Extent(64, 64), (1, 0)))
+def test_windows_shrink_to_a_small_region_and_then_there_is_one() -> None:
+    design, image = CascadeDesign(), Extent(256, 512)
+    a, b, _ = design.blocks
+    assert a.shape(image) == (1, 2) and b.shape(image) == (8, 8)
+    assert design.numbers(image)[0] == 1
+    assert design.draw(image, (4, 2))[0].tolist() == [[0, 0]]
+    with pytest.raises(ValueError, match="do not divide into the top cells of the cascade, 256"):
+        design.num_values(Extent(256, 384))
+    with pytest.raises(ValueError, match="level 8, but a lattice of level 5 was asked for"):
+        CascadeDesign(coarse_level=5)
 
 
 def test_a_window_too_small_for_its_child_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot hold its child"):
-        ZoomDesign(window=28, halo=6)
-    with pytest.raises(ValueError, match="cannot hold its child"):
         MixedDesign(window=4)
-    smallest = ZoomDesign(points=60_000, window=30, halo=6)
-    for number in range(50):  # a child leaves two places, of which one is even
-        smallest.draw(Extent(1024, 1024), (0, number))
 
 
 @given(st.sampled_from([256, 300, 1024]), st.integers(0, 255), st.integers(0, 2**40))
@@ -90,9 +120,7 @@ def test_patches_are_walked_through_without_repeats(side: int, corner: int, seed
     if not wanted:
         return
     number = len(wanted)
-    drawn = [
-        tuple(design.draw(image, (seed, 3, pack))[0, 0].tolist()) for pack in range(3 * number)
-    ]
+    drawn = [tuple(design.draw(image, (seed, 3, pack)).tolist()) for pack in range(3 * number)]
     for walk in range(3):
         assert set(drawn[walk * number : (walk + 1) * number]) == wanted
     if number > 4:
@@ -237,7 +265,7 @@ def test_sobol_points_are_spread_more_evenly_than_random_ones() -> None:
 
 def test_designs_of_other_names_and_sizes_are_refused() -> None:
     options = {"points": 65_536, "coarse_level": 5}
-    with pytest.raises(ValueError, match="choose one of zoom, uniform, mixed, sobol, patch"):
+    with pytest.raises(ValueError, match="choose one of cascade, uniform, mixed, sobol, patch"):
         make_design("spiral", **options)
     patch = make_design("patch", **options)
     assert patch == PatchDesign()
@@ -246,9 +274,11 @@ def test_designs_of_other_names_and_sizes_are_refused() -> None:
         patch.num_cells(Extent(224, 512))
     with pytest.raises(ValueError, match="whole coarse cells of 32 px"):
         make_design("patch", window=200, **options)
-    for name, option in (("patch", "halo"), ("uniform", "window"), ("sobol", "halo")):
-        with pytest.raises(ValueError, match=f"depend on --{option.replace('_', '-')}; leave it"):
-            make_design(name, **{option: 6}, **options)
+    assert make_design("cascade", points=65_536) == CascadeDesign()
+    for name, given_ in (("cascade", {"window": 6}), ("sobol", {"uniform_part": 0.5})):
+        option = f"--{next(iter(given_)).replace('_', '-')}"
+        with pytest.raises(ValueError, match=f"{name} do not depend on {option}; leave it out"):
+            make_design(name, points=65_536, **given_)
     with pytest.raises(ValueError, match="between 0 and 1, not 1"):
         make_design("mixed", uniform_part=1.0, **options)
     with pytest.raises(ValueError, match="--points takes a positive number, not 0"):

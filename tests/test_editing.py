@@ -14,12 +14,23 @@ from torch import Tensor
 
 from jobs.painting import Recipe, paint
 from model.config import PatchConfig
-from model.editing import AreaMeans, Constraint, Edited, Known, start_from
-from model.family import Denoiser, make_denoiser, make_painter
+from model.editing import (
+    AreaMeans,
+    Constraint,
+    Edited,
+    Known,
+    KnownPixels,
+    LowImage,
+    Partly,
+    Within,
+    start_from,
+)
+from model.family import Denoiser, make_denoiser, make_passes
 from model.generate import (
     ArrayField,
     Estimator,
     Field,
+    Pass,
     Trajectory,
     advance,
     finish,
@@ -34,7 +45,7 @@ from model.sparse.config import SparseConfig
 SEED = 7
 LOW, HIGH = -9.0, 9.0
 SHAPE = (2, 64, 96)
-FLOORED = NoiseTree(fields.OCTAVES.noise, 2)
+NOISE = NoiseTree(fields.OCTAVES.noise, 2)
 UNET = {"unet_widths": (8, 16), "unet_attention": 1, "unet_head_dim": 8, "unet_groups": 4}
 SPARSE = SparseConfig(
     channels=2,
@@ -64,16 +75,21 @@ def with_weights(net: Denoiser) -> Denoiser:
 
 def network(kind: str) -> Denoiser:
     torch.manual_seed(0)
-    if kind == "pyramid":
-        return fields.denoiser()
     config = SPARSE if kind == "sparse" else PATCH
-    octaves = config.octaves(fields.OCTAVES.signal, fields.OCTAVES.residual, 0.005)
+    octaves = config.octaves(fields.OCTAVES.signal, fields.OCTAVES.residual)
     return with_weights(make_denoiser(config, octaves))
 
 
-def painter_of(net: Denoiser, tile: int, level: int = 0) -> Estimator:
+def painter_of(net: Denoiser, tile: int) -> Estimator:
     given = fields.condition(1)
-    return make_painter(net, given, guidance=1.5, tile=tile, level=level, overlap=0.5)
+    (only,) = make_passes(net, given, guidance=1.5, tile=tile, level=0, steps=None, overlap=0.5)
+    return only.prepare(None)[0]
+
+
+def cascade() -> list[Pass]:
+    return make_passes(
+        fields.denoiser(), fields.condition(1), guidance=1.5, tile=32, level=0, steps=3
+    )
 
 
 def source(*shape: int, seed: int = 3) -> ArrayField:
@@ -130,14 +146,14 @@ def painted(
 ) -> np.ndarray:
     """What `jobs.painting.paint` does, in float64."""
     pair, memory = ([ArrayField(np.zeros(shape)) for _ in range(2)] for _ in range(2))
-    start(pair[0], FLOORED, SEED, bounds[0], level=level)
+    start(pair[0], NOISE, SEED, bounds[0], level=level)
     if constraint is not None:
         start_from(pair[0], constraint, bounds[0], level=level, tile=32)
         painter = Edited(painter, constraint)
     for i, step in enumerate(uniform_steps(*bounds, steps)):
         a, b = i % 2, (i + 1) % 2
         state = Trajectory(pair[a], pair[b], memory[a], memory[b])
-        advance(painter, solver, step, state, fresh=fresh_noise(FLOORED, SEED, i))
+        advance(painter, solver, step, state, fresh=fresh_noise(NOISE, SEED, i))
     finish(painter, bounds[1], Trajectory(pair[steps % 2], pair[(steps + 1) % 2]))
     return pair[(steps + 1) % 2].array
 
@@ -155,17 +171,16 @@ def up(values: np.ndarray, down: int) -> np.ndarray:
 SOLVERS = pytest.mark.parametrize("solver", [DDIM(), DDIM(0.6), DPMSolverPP2M()], ids=str)
 
 
-PAINTERS = pytest.mark.parametrize(
-    ("kind", "steps"), [("pyramid", 2), ("sparse", 1), ("patch", 1)]
-)
+PAINTERS = pytest.mark.parametrize("kind", ["sparse", "patch"])
+"""Of the cascade, which is held block by block: see test_cascade_painting."""
 
 
 @PAINTERS
-def test_area_means_are_those_given_and_tiles_change_nothing(kind: str, steps: int) -> None:
+def test_area_means_are_those_given_and_tiles_change_nothing(kind: str) -> None:
     net, down = network(kind), 2
     given = AreaMeans(source(2, 16, 24), down)
     results = [
-        painted(painter_of(net, tile), given, DPMSolverPP2M(), bounds=(-6.0, 5.0), steps=steps)
+        painted(painter_of(net, tile), given, DPMSolverPP2M(), bounds=(-6.0, 5.0), steps=1)
         for tile in (96, 40)
     ]
     np.testing.assert_allclose(results[0], results[1], atol=1e-9, rtol=1e-9)
@@ -175,31 +190,41 @@ def test_area_means_are_those_given_and_tiles_change_nothing(kind: str, steps: i
 
 
 @PAINTERS
-def test_known_pixels_are_kept_and_tiles_change_nothing(kind: str, steps: int) -> None:
+def test_known_pixels_are_kept_and_tiles_change_nothing(kind: str) -> None:
     net, known = network(kind), source(*SHAPE)
     given = Known(known, mask("some"))
     results = [
-        painted(painter_of(net, tile), given, DDIM(0.6), bounds=(-6.0, 5.0), steps=steps)
+        painted(painter_of(net, tile), given, DDIM(0.6), bounds=(-6.0, 5.0), steps=1)
         for tile in (96, 40)
     ]
     np.testing.assert_allclose(results[0], results[1], atol=1e-9, rtol=1e-9)
     kept = np.broadcast_to(given.mask.read(Box(0, 0, 0, *SHAPE[1:])).numpy() > 0, SHAPE)
     np.testing.assert_array_equal(results[0][kept], known.array[kept])
-    if kind == "pyramid":
-        plain = painted(painter_of(net, 96), None, DDIM(0.6), bounds=(-6.0, 5.0), steps=steps)
-        # The known part reaches beyond itself.
-        assert np.abs(results[0] - plain)[~kept].max() > 1e-3
 
 
 @SOLVERS
 def test_everything_known_is_the_image_and_nothing_known_the_plain_painting(
     solver: Solver,
 ) -> None:
-    painter, known = painter_of(fields.denoiser(), 32), source(*SHAPE)
-    everything = painted(painter, Known(known, mask("all")), solver, steps=2)
+    painter, known = painter_of(network("patch"), 96), source(*SHAPE)
+    everything = painted(painter, Known(known, mask("all")), solver, steps=1)
     np.testing.assert_array_equal(everything, known.array)
-    nothing = painted(painter, Known(known, mask("none")), solver, steps=2)
-    np.testing.assert_array_equal(nothing, painted(painter, None, solver, steps=2))
+    nothing = painted(painter, Known(known, mask("none")), solver, steps=1)
+    np.testing.assert_array_equal(nothing, painted(painter, None, solver, steps=1))
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "ancestral"])
+def test_everything_known_is_the_image_of_a_cascade_and_nothing_known_the_plain_one(
+    solver: str,
+) -> None:
+    """Block by block: in each the known means, whose children the next block has to be."""
+    recipe = Recipe(*SHAPE[1:], 3, seed=SEED, guidance=1.5, solver=solver)
+    known = ArrayField(np.round(source(*SHAPE).array * 256) / 256)
+    image = fields.paint64(cascade(), recipe, edit=KnownPixels(Known(known, mask("all")), 0))
+    np.testing.assert_array_equal(image, known.array)
+    nothing = fields.paint64(cascade(), recipe, edit=KnownPixels(Known(known, mask("none")), 0))
+    plain = fields.paint64(cascade(), recipe)
+    np.testing.assert_allclose(nothing, plain, atol=1e-10, rtol=0)
 
 
 @SOLVERS
@@ -211,7 +236,7 @@ def test_the_known_part_is_read_with_the_noise_of_its_time(solver: Solver) -> No
     box = Box(0, 0, 0, *SHAPE[1:])
     recorder = Recorder(GaussianPainter(32))
     painted(recorder, Known(known, mask("some")), solver, steps=steps)
-    noise = FLOORED.box(SEED, box).double().numpy()
+    noise = NOISE.box(SEED, box).double().numpy()
     kept = np.broadcast_to(mask("some").array > 0, SHAPE)
     for i, step in enumerate([*uniform_steps(LOW, HIGH, steps), None]):
         log_snr, u = recorder.seen[i]
@@ -221,7 +246,7 @@ def test_the_known_part_is_read_with_the_noise_of_its_time(solver: Solver) -> No
         )
         if step is not None:
             part = solver.noise_scale(step) * math.sqrt(1 + math.exp(step.after))
-            fresh = fresh_noise(FLOORED, SEED, i)(box, torch.device("cpu")).numpy()
+            fresh = fresh_noise(NOISE, SEED, i)(box, torch.device("cpu")).numpy()
             noise = math.sqrt(1 - part**2) * noise + part * fresh
 
 
@@ -240,7 +265,7 @@ def test_super_resolution_paints_details_as_if_nothing_were_given(solver: Solver
     assert details.std() > 0.5
     log_snr, u = recorder.seen[0]
     alpha, sigma = 1 / math.sqrt(1 + math.exp(-log_snr)), 1 / math.sqrt(1 + math.exp(log_snr))
-    noise = FLOORED.box(SEED, Box(down, 0, 0, 8, 12)).numpy()
+    noise = NOISE.box(SEED, Box(down, 0, 0, 8, 12)).numpy()
     np.testing.assert_allclose(means(u, down), alpha * low.array + sigma * noise, atol=1e-6)
 
 
@@ -284,14 +309,41 @@ def test_what_ends_before_the_field_binds_no_further() -> None:
     assert torch.equal(some.project(beyond, x0[:, 48:, 64:]), x0[:, 48:, 64:])
 
 
-def test_a_preview_keeps_the_means_of_its_own_cells() -> None:
-    """A field of level 1 and means four times as coarse: cells of level 3."""
-    net, low = fields.denoiser(), source(2, 8, 12)
-    painter = painter_of(net, 16, level=1)
-    bounds = {"bounds": (-6.0, 5.0), "steps": 2}
-    given = AreaMeans(low, 2)
-    result = painted(painter, given, DDIM(), shape=(2, 32, 48), level=1, **bounds)
-    np.testing.assert_allclose(means(result, 2), low.array, atol=1e-12)
+def test_known_parts_of_cells_are_weighted_by_how_much_is_known() -> None:
+    """P x0 = w known + (1 - w) x0 above the pixels; where all is known, its mean."""
+    known, shown = source(*SHAPE), mask("some")
+    edit = KnownPixels(Known(known, shown), 0)
+    assert edit.constraint(0) is edit.known and edit.given(3, SHAPE) is None
+    partly = edit.constraint(3)
+    assert isinstance(partly, Partly)
+    box, x0 = Box(3, 0, 0, 8, 12), normal(2, 8, 12, seed=8)
+    part = means(shown.array, 3)
+    expected = means(shown.array * known.array, 3) + (1 - part) * x0.numpy()
+    np.testing.assert_allclose(partly.project(box, x0).numpy(), expected, atol=1e-6)
+    assert 0 < part[(part > 0) & (part < 1)].size < part.size
+    with pytest.raises(ValueError, match="known at level 2 and say nothing of level 1"):
+        KnownPixels(Known(known, shown), 2).constraint(1)
+
+
+def test_what_known_members_lack_of_a_familys_mean_goes_to_the_others() -> None:
+    low, known, shown = source(2, 16, 24, seed=4), source(*SHAPE), mask("some")
+    within = Within(Known(known, shown), AreaMeans(low, 2))
+    found = within.project(Box(0, 0, 0, *SHAPE[1:]), normal(*SHAPE, seed=8)).numpy()
+    kept = np.broadcast_to(shown.array > 0, SHAPE)
+    np.testing.assert_array_equal(found[kept], known.array[kept])
+    free = np.broadcast_to(means(shown.array, 2) < 1, low.shape)
+    np.testing.assert_allclose(means(found, 2)[free], low.array[free], atol=1e-10)
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_low_image_gives_all_coarser_levels_and_goes_on_beyond_its_end(level: int) -> None:
+    low = ArrayField(np.round(source(2, 5, 7).array * 256) / 256)
+    given = LowImage(low, 2).given(level, (2, 16 >> (level - 2), 16 >> (level - 2)))
+    assert given is not None and LowImage(low, 2).given(1, (2, 32, 32)) is None
+    rows, columns = (np.arange(16).clip(max=n - 1) for n in (5, 7))
+    wide = low.array[:, rows][:, :, columns]
+    found = given.read(Box(level, 0, 0, *given.shape[1:])).numpy()
+    np.testing.assert_allclose(found, means(wide, level - 2), atol=1e-6)
 
 
 class KilledError(Exception):
@@ -301,26 +353,24 @@ class KilledError(Exception):
 def test_an_edited_painting_killed_amid_a_step_ends_bit_for_bit_like_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
-    net = fields.denoiser()
-    painter = painter_of(net, 32)
-    recipe = Recipe(64, 96, 4, seed=3, guidance=1.5, solver="ancestral")
-    given = Known(source(*SHAPE), mask("some"))
-    undisturbed = paint(net, painter, recipe, constraint=given).array
+    recipe = Recipe(64, 96, 3, seed=3, guidance=1.5, solver="ancestral")
+    given = KnownPixels(Known(source(*SHAPE), mask("some")), 0)
+    undisturbed = paint(cascade(), recipe, channels=2, edit=given).array
     seen: list[int] = []
 
-    def killed(step: int, cells: int) -> None:
-        seen.append(step)
-        if seen.count(2) == 2:
+    def killed(before: int, amount: int) -> None:
+        seen.append(before)
+        if before and seen.count(before) == 2:
             raise KilledError
 
     with pytest.raises(KilledError):
-        paint(net, painter, recipe, tmp_path, killed, given)
-    resumed = paint(net, painter, recipe, tmp_path, constraint=given).array
+        paint(cascade(), recipe, channels=2, work=tmp_path, report=killed, edit=given)
+    resumed = paint(cascade(), recipe, channels=2, work=tmp_path, edit=given).array
     np.testing.assert_array_equal(resumed, undisturbed)
     kept = np.broadcast_to(mask("some").array > 0, SHAPE)
     expected = normal(*SHAPE, seed=3).numpy().astype(np.float32)
     np.testing.assert_array_equal(resumed[kept], expected[kept])
-    assert np.abs(paint(net, painter, recipe).array - resumed).max() > 0.05
+    assert np.abs(paint(cascade(), recipe, channels=2).array - resumed).max() > 0.05
 
 
 def test_what_cannot_be_edited_is_a_sentence() -> None:
@@ -331,9 +381,7 @@ def test_what_cannot_be_edited_is_a_sentence() -> None:
         AreaMeans(source(2, 64, 96), 0)
     with pytest.raises(ValueError, match="does not fit values"):
         Known(source(*SHAPE), source(1, 64, 95))
-    sigma = SparseConfig(channels=2, token_dim=6, coarse_level=3, width=8, heads=2, **UNET)
-    octaves = sigma.octaves(fields.OCTAVES.signal, (), 0.0)
-    net = make_denoiser(sigma, octaves)
     recipe = Recipe(64, 96, 2, seed=3, guidance=1.5, solver="ddim")
+    edit = LowImage(source(2, 8, 12), 3)
     with pytest.raises(ValueError, match="mollified by 1 px"):
-        paint(net, GaussianPainter(32), recipe, constraint=low)
+        paint(cascade(), recipe, channels=2, mollifier_sigma_px=1.0, edit=edit)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -44,8 +45,12 @@ def run(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     claimed = Run(folder)
     config = jobs.train.make_config(options, PackSet.open(chain.packs))
     claimed.claim(config, "python -m jobs.train packs --run run")
-    for step in (1, 7):
-        claimed.append_metrics({"step": step, "loss": 10.0 / step, "seconds": 2.0 * step})
+    for step, part in ((1, "B"), (2, "C"), (6, "C"), (7, "B")):
+        line = {"step": step, "part": part, "part_step": step - 1, "loss": 10.0 / step}
+        levels = {"B": [2, 3, 4], "C": [0, 1]}[part]
+        claimed.append_metrics({**line, "levels": levels, "seconds": 2.0 * step})
+        errors = {"split": "val", "levels": levels, "held_out": [[0.5 / step] * len(levels)] * 5}
+        claimed.append_metrics({"step": step, "part": part, **errors})
     weights = claimed.checkpoint_folder(7) / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     save_file({"a": np.zeros((3, 5), np.float32), "b": np.zeros(4, np.float32)}, weights)
@@ -111,7 +116,12 @@ def test_everything_describes_itself_without_torch(chain: Chain, run: Path, pain
     assert of_packs["settings"]["encoder_key"] == key
     assert sum(of_packs["splits"].values()) == len(packs.regions)
     assert of_run["parameters"] == 3 * 5 + 4
-    assert of_run["last_metrics"]["step"] == 7
+    assert of_run["last_metrics"]["loss"] == 10 / 7
+    assert {name: line["step"] for name, line in of_run["held_out"].items()} == {"B": 7, "C": 6}
+    assert {n: line["loss"] for n, line in of_run["last_by_part"].items()} == {
+        "B": 10 / 7,
+        "C": 10 / 6,
+    }
     assert of_run["state"]["checkpoint"] == "step-00000007"
     assert of_encoder["bands"] == list(store.spec.bands)
     assert of_painted["identity"]["region"]["index"] == 3
@@ -153,9 +163,24 @@ def test_a_run_says_whether_it_is_alive(run: Path, capsys: pytest.CaptureFixture
     assert status(status="preempted", job_id="17", restarts=2).startswith("preempted ")
     said = say(run, capsys)
     assert "job 17, restarted 2 times" in said
-    assert "7 of 20 steps" in said and "0:00:14" in said
-    assert "1.429 at step 7; it was 10 at step 1" in said
+    assert "7 of 20 steps of 16 windows" in said and "0:00:14" in said
+    assert "B 1.429 at step 6; it was 10 at step 0" in said
+    assert "C 1.667 at step 5; it was 5 at step 1" in said
+    assert "B 0.071, C 0.083 on validation regions; 1 is the linear estimate" in said
     assert f"python -m jobs.train packs --run run\n{'':<14}in {os.getcwd()}" in said
+
+
+def test_a_run_of_one_part_says_its_loss(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also an older one, whose lines name no part."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    lines = [{"step": step, "loss": 10.0 / step, "seconds": 2.0 * step} for step in (1, 7)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    said = say(folder, capsys)
+    assert "loss        1.429 at step 7; it was 10 at step 1" in said
+    assert "held out" not in said
 
 
 def test_an_image_says_where_it_lies_and_what_is_missing(

@@ -103,7 +103,7 @@ def test_mistakes_are_sentences(
         assert jobs.sample.main([*sample, *more]) == 2
         assert sentence in capsys.readouterr().err
     assert jobs.latents.main([str(trained), str(chain.packs)]) == 2
-    assert "were made with design = zoom" in capsys.readouterr().err
+    assert "were made with design = cascade" in capsys.readouterr().err
     plain = tmp_path / "plain"
     succeed(jobs.train.main(train_arguments(chain, plain, 1)))
     assert jobs.latents.main([str(plain), str(chain.packs)]) == 2

@@ -140,13 +140,15 @@ def killed_at(work: int) -> Callable[[int, int], None]:
     return report
 
 
-@pytest.mark.parametrize(("solver", "eta"), [("ancestral", None), ("ddim", 0.5)])
-@pytest.mark.parametrize("name", ["A", "B"])
+@pytest.mark.parametrize(
+    ("name", "solver", "eta"),
+    [("A", "dpm++2m", None), ("A", "ddim", 0.5), ("B", "ancestral", None)],
+)
 def test_a_painting_killed_amid_a_step_ends_bit_for_bit_like_an_undisturbed_one(
     tmp_path: Path, name: str, solver: str, eta: float | None
 ) -> None:
     """In whatever pass: what the ones before have made stays, and is not made again."""
-    recipe = Recipe(64, 96, 5, seed=3, guidance=1.0, solver=solver, eta=eta)
+    recipe = Recipe(32, 64, 5, seed=3, guidance=1.0, solver=solver, eta=eta)
     passes = make_passes(
         fields.denoiser(), fields.condition(1), guidance=1.0, tile=8, level=0, steps=5
     )
@@ -165,7 +167,7 @@ def test_a_painting_killed_amid_a_step_ends_bit_for_bit_like_an_undisturbed_one(
     assert done[0][0] == third and sum(amount for _, amount in done) == sum(work) - third
     again = paint(passes, recipe, channels=2, work=tmp_path, report=killed_at(0)).array
     np.testing.assert_array_equal(again, undisturbed)
-    other = Recipe(64, 96, 5, seed=3, guidance=1.0, solver="ddim")
+    other = Recipe(32, 64, 5, seed=4, guidance=1.0, solver=solver, eta=eta)
     assert np.abs(paint(passes, other, channels=2).array - undisturbed).max() > 0.05
 
 

@@ -17,9 +17,10 @@ import pipeline.pack
 from jobs.data import Batches
 from model.baselines import PatchObjective
 from model.config import PatchConfig
-from model.family import make_denoiser, make_objective
+from model.draw import PatchDraw
+from model.family import make_denoiser, make_objectives
 from pipeline.ome import OmeImage
-from pipeline.packfile import PackSet
+from pipeline.packfile import DrawnPatch, PackSet
 from pipeline.store import Store
 
 STEPS = 4
@@ -71,10 +72,11 @@ def test_a_patch_is_a_tile_of_the_store_with_its_own_embedding(
         seen = set()
         for pack in range(settings.packs_per_region):
             drawn = packs.draw(entry, pack)
-            y, x = drawn.origins[0, 0].tolist()
+            assert isinstance(drawn, DrawnPatch)
+            y, x = drawn.origin.tolist()
             pixels = store.image(entry.image).read(entry.y + y, entry.x + x, 64, 64)
             np.testing.assert_array_equal(
-                drawn.windows[0, 0] / settings.value_scale, pixels.transpose(1, 2, 0)
+                drawn.values / settings.value_scale, pixels.transpose(1, 2, 0)
             )
             assert (entry.y + y) % 64 == (entry.x + x) % 64 == 0
             seen.add((y, x))
@@ -103,7 +105,8 @@ def test_batches_give_every_patch_the_token_of_its_place(
         batch = batches.at(step)
         assert batch.condition.values.shape[:2] == (4, 1)
         assert (batch.condition.centres_px == 32).all()
-        pixels = statistics.to_pixels(batch.draw.windows[:, 0, 0].numpy())
+        assert isinstance(batch.draw, PatchDraw)
+        pixels = statistics.to_pixels(batch.draw.values.permute(0, 2, 3, 1).numpy())
         for patch, token in zip(pixels, batch.condition.values[:, 0].numpy(), strict=True):
             own = known[fingerprint(np.rint(patch).astype(np.uint8).reshape(-1, 3).T)]
             expected = (own - statistics.token_mean) / statistics.token_std
@@ -126,8 +129,8 @@ def test_two_ranks_have_the_loss_of_one(small_packs: Path) -> None:
     )
     config.check_design(packs.design)
     torch.manual_seed(0)
-    octaves = config.octaves(packs.statistics.signal, packs.statistics.residual, 0.0)
-    objective = make_objective(make_denoiser(config, octaves))
+    octaves = config.octaves(packs.statistics.signal, packs.statistics.residual)
+    (objective,) = make_objectives(make_denoiser(config, octaves)).values()
     assert isinstance(objective, PatchObjective)
     torch.nn.init.normal_(objective.denoiser.unet.conv_out.weight, std=0.1)
     batches = Batches(packs, batch=4, seed=5)
@@ -192,7 +195,7 @@ def test_mistakes_are_sentences(
     assert jobs.train.main(train_arguments(chain, run_of, 2, "--preset", "patch")) == 2
     assert "needs --design patch --window 256" in capsys.readouterr().err
     assert jobs.train.main([*arguments(chain, packs, run_of), "--preset", "tiny"]) == 2
-    assert "needs --design zoom" in capsys.readouterr().err
+    assert "needs --design cascade" in capsys.readouterr().err
     assert pipeline.pack.main(pack_arguments(chain, tmp_path / "p", *large)) == 2
     assert "hold no patch of 512 px" in capsys.readouterr().err
     assert pipeline.pack.main(pack_arguments(chain, tmp_path / "p", "--window", "128")) == 2

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Browser, find_chromium
-from chain import Chain, succeed, train_arguments
+from chain import EVEN_SHARES, Chain, succeed, train_arguments
 from PIL import Image
-from processes import run, tree
+from processes import tree
 
 import jobs.report
 import jobs.report.command
 import jobs.sample
+import jobs.train
+from jobs.report.progress import Progress
 from jobs.run import Run
 from pipeline.ome import OmeImage
 from pipeline.store import Region, Store, StoreSpec
@@ -91,7 +93,7 @@ def painted(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Two images larger than their regions and not square, a third at half the scale."""
     folder = tmp_path_factory.mktemp("reported")
     case = Case(folder / "run", folder / "images", chain.store)
-    run("jobs.train", train_arguments(chain, case.run, 4))
+    succeed(jobs.train.main(train_arguments(chain, case.run, 4, *EVEN_SHARES)))
     common = [str(case.run), "--condition", str(chain.store), "--out", str(case.images)]
     common += ["--steps", "2", "--guidance", "1", "--format", "zarr"]
     size = f"{SIZE[0]}x{SIZE[1]}"
@@ -143,7 +145,7 @@ def open_well(browser: Browser, page: Path, width: int, dark: bool = False) -> N
 def test_the_page_opens_from_disk_without_a_complaint(
     browser: Browser, written: Written, unmeasured: Written, width: int, dark: bool
 ) -> None:
-    for report, count in ((written, 3 * 6 + 4 + 2), (unmeasured, 3 * 6 + 2 + 2)):
+    for report, count in ((written, 3 * 6 + 5 + 2), (unmeasured, 3 * 6 + 3 + 2)):
         open_well(browser, report.out / "index.html", width, dark)
         assert browser.ask("document.images.length") == count
         background = browser.ask("getComputedStyle(document.body).backgroundColor")
@@ -417,6 +419,35 @@ def test_losses_of_any_number_of_levels(painted: Case, tmp_path: Path) -> None:
     write_report(case, tmp_path / "out")
     (levels,) = written.out.glob("files-*/level-losses.svg")
     assert ">2 px<" in levels.read_text() and ">4 px<" not in levels.read_text()
+
+
+def test_losses_and_held_out_errors_of_every_block(
+    browser: Browser, painted: Case, written: Written, tmp_path: Path
+) -> None:
+    """One curve a level, named by its block, and the last measurement as a table."""
+    (levels,) = written.out.glob("files-*/level-losses.svg")
+    text = levels.read_text()
+    for label in ("T 256 px", "A 128 px", "A 32 px", "B 16 px", "B 4 px", "C 2 px", "C 1 px"):
+        assert f">{label}<" in text
+    (errors,) = written.out.glob("files-*/held-out.svg")
+    assert all(f">{name}<" in errors.read_text() for name in "TABC")
+    page = " ".join(written.text().split())
+    assert "1, the dashed line, is the linear (Wiener) estimate" in page
+    assert "on validation regions, always the same windows" in page
+    last = {line.part: line for line in Progress.read(painted.run / "metrics.jsonl").held_out}
+    open_well(browser, written.out / "index.html", 1280)
+    browser.ask("document.querySelectorAll('details').forEach(each => each.open = true)")
+    table = browser.ask(
+        "[...document.querySelector('#held-out ~ details table').tBodies[0].rows]"
+        ".map(row => [...row.cells].map(cell => cell.innerText))"
+    )
+    assert [row[0] for row in table] == [*"TAAABBBCC"]
+    assert [row[1] for row in table][:2] == ["256 and more", "128 to 256"]
+    assert table[-1][1] == "1 to 2"
+    found = last["C"].errors
+    assert table[-1][2:7] == [f"{row[0]:.3f}" for row in found]
+    assert table[-2][7] == f"{np.mean([row[1] for row in found]):.3f}"
+    assert all(f"{name} {last[name].mean:.2f}" in page for name in "TABC")
 
 
 def test_a_report_is_replaced_at_once_or_not_at_all(

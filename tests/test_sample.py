@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from chain import Chain, train_arguments
+from chain import EVEN_SHARES, Chain, succeed, train_arguments
 from openslide import OpenSlide
 from PIL import Image
 from processes import run, start, stop_when
 
 import jobs.sample
+import jobs.train
 from jobs.evaluate.metrics import (
     LayoutMatch,
     layout_distances,
@@ -20,6 +21,8 @@ from jobs.evaluate.metrics import (
     thumbnail,
 )
 from jobs.info.describe import describe_image
+from jobs.run import Run
+from model.cascade.config import CascadeConfig
 from pipeline.ome import OmeImage
 from pipeline.store import Store
 
@@ -29,13 +32,13 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def trained(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    run("jobs.train", train_arguments(chain, folder, 4, "--learning-rate", "0.002"))
+    succeed(jobs.train.main(train_arguments(chain, folder, 8, *EVEN_SHARES)))
     return folder
 
 
 def arguments(chain: Chain, trained: Path, out: Path, *more: str) -> list[str]:
     condition = ["--condition", str(chain.store), "--out", str(out), "--steps", str(STEPS)]
-    return [str(trained), *condition, "--region", "3", *more]
+    return [str(trained), *condition, "--region", "3", "--precision", "fp32", *more]
 
 
 def painted(out: Path) -> OmeImage:
@@ -77,7 +80,7 @@ def test_the_image_opens_everywhere_with_its_pixel_size(undisturbed: Path) -> No
     assert not list(undisturbed.glob(".work-*"))
 
 
-@pytest.mark.parametrize("tile", ["128", "512"])
+@pytest.mark.parametrize("tile", ["64", "200"])
 def test_tiles_change_nothing(
     chain: Chain, trained: Path, undisturbed: Path, tmp_path: Path, tile: str
 ) -> None:
@@ -94,10 +97,10 @@ def test_a_killed_painting_ends_like_an_undisturbed_one(
 
     def steps_done() -> int:
         states = list(tmp_path.glob(".work-*/state.json"))
-        return int(json.loads(states[0].read_text())["done"]) if states else 0
+        return sum(json.loads(states[0].read_text())["passes"].values()) if states else 0
 
     stop_when(start("jobs.sample", command), lambda: steps_done() >= 1, signal.SIGKILL)
-    assert 1 <= steps_done() <= STEPS
+    assert 1 <= steps_done() <= 4 * STEPS
     run("jobs.sample", command)
     difference = pixels(tmp_path).astype(int) - pixels(undisturbed)
     assert abs(difference).max() <= 1
@@ -113,21 +116,46 @@ def test_sizes_that_are_no_multiple_of_the_coarse_cell_are_cut(
     assert painted(tmp_path).shape == (3, 300, 170)
 
 
-def test_a_preview_is_the_coarse_level_of_the_image(
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_preview_is_the_area_means_of_the_image(
+    chain: Chain, trained: Path, undisturbed: Path, tmp_path: Path, level: int
+) -> None:
+    """Stopped after a block, or reduced where none ends at that scale."""
+    more = ["--format", "zarr", "--size", "512", "--scale", str(2.0**-level)]
+    assert jobs.sample.main(arguments(chain, trained, tmp_path, *more)) == 0
+    small, large, side = painted(tmp_path), painted(undisturbed), 512 >> level
+    assert small.spacing == large.spacing * 2**level
+    # Rounding and clipping to 8 bits come after the means here and before them there.
+    fine = large.read(0, 0, 512, 512).reshape(3, side, 1 << level, side, 1 << level)
+    inside = (fine % 255 != 0).all(axis=(2, 4))
+    difference = small.read(0, 0, side, side) - fine.mean(axis=(2, 4))
+    assert inside.mean() > 0.2
+    assert abs(difference[inside]).max() <= 1
+
+
+def test_every_block_takes_its_own_number_of_steps(
     chain: Chain, trained: Path, tmp_path: Path
 ) -> None:
-    full, half = tmp_path / "full", tmp_path / "half"
-    command = ["--format", "zarr", "--size", "256", "--guidance", "1"]
-    assert jobs.sample.main(arguments(chain, trained, full, *command)) == 0
-    assert jobs.sample.main(arguments(chain, trained, half, *command, "--scale", "0.5")) == 0
-    small, large = painted(half), painted(full)
-    assert small.spacing == 2 * large.spacing
-    # Rounding and clipping to 8 bits come after the means here and before them there.
-    fine = large.read(0, 0, 256, 256).reshape(3, 128, 2, 128, 2)
-    inside = (fine % 255 != 0).all(axis=(2, 4))
-    difference = small.read(0, 0, 128, 128) - fine.mean(axis=(2, 4))
-    assert inside.mean() > 0.2
-    assert abs(difference[inside]).max() <= 2
+    """Unless --steps names one for all; a finished painting keeps no state, a killed one does."""
+    command = arguments(chain, trained, tmp_path, "--size", "256", "--format", "zarr")
+    place = command.index("--steps")
+    del command[place : place + 2]
+
+    def passes() -> dict[str, int]:
+        states = list(tmp_path.glob(".work-*/state.json"))
+        return json.loads(states[0].read_text())["passes"] if states else {}
+
+    process = start("jobs.sample", command)
+    stop_when(process, lambda: passes().get("C", 0) >= 1, signal.SIGKILL)
+    config = Run(trained).config().denoiser
+    assert isinstance(config, CascadeConfig)
+    expected = {block.name: block.evaluations for block in config.sequence}
+    found = passes()
+    assert 1 <= found.pop("C") <= expected.pop("C")
+    assert found == expected
+    assert jobs.sample.main(command) == 0
+    (record,) = tmp_path.glob("*.json")
+    assert "steps" not in json.loads(record.read_text())["identity"]["recipe"]
 
 
 def means(values: np.ndarray, side: int) -> np.ndarray:
@@ -143,31 +171,40 @@ def save_mask(path: Path, known: np.ndarray) -> str:
 @pytest.fixture(scope="module")
 def preview(chain: Chain, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Painted at a quarter of the resolution: 64 x 64 for 256 x 256."""
-    out = tmp_path_factory.mktemp("preview")
-    small = ["--size", "256", "--scale", "0.25", "--format", "zarr"]
+    return paint_preview(chain, trained, tmp_path_factory.mktemp("preview"), 2)
+
+
+def paint_preview(chain: Chain, trained: Path, out: Path, level: int) -> Path:
+    small = ["--size", "256", "--scale", str(2.0**-level), "--format", "zarr"]
     assert jobs.sample.main(arguments(chain, trained, out, *small)) == 0
     return painted(out).path
 
 
+@pytest.mark.parametrize("level", [2, 3])
 def test_a_coarse_image_is_made_fine_and_keeps_its_means(
     chain: Chain,
     trained: Path,
     preview: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    level: int,
 ) -> None:
-    low = OmeImage.open(preview).read(0, 0, 64, 64)
+    """At a level where a block begins, and inside of a block."""
+    if level != 2:
+        preview = paint_preview(chain, trained, tmp_path / "preview", level)
+    side, cell = 256 >> level, 1 << level
+    low = OmeImage.open(preview).read(0, 0, side, side)
     images = []
     for tile in ("auto", "64"):
         out = tmp_path / tile
         more = ["--low", str(preview), "--seed", "5", "--format", "zarr", "--tile", tile]
         assert jobs.sample.main(arguments(chain, trained, out, *more)) == 0
         images.append(pixels(out))
-        fine = images[-1].reshape(3, 64, 4, 64, 4)
+        fine = images[-1].reshape(3, side, cell, side, cell)
         # Where no pixel was clipped to 8 bits, only the rounding of each is left.
         inside = ((fine > 0) & (fine < 255)).all(axis=(2, 4)).all(axis=0)
         assert inside.mean() > 0.2
-        assert abs(means(images[-1], 4) - low)[:, inside].max() <= 0.5
+        assert abs(means(images[-1], cell) - low)[:, inside].max() <= 0.5
         assert fine.std(axis=(2, 4)).mean() > 1  # there are details
     assert abs(images[0].astype(int) - images[1]).max() <= 1
     capsys.readouterr()
@@ -264,7 +301,9 @@ def test_mistakes_are_sentences(
         (["--region", "999"], "has regions 0 to"),
         (["--size", "big"], "--size takes a side"),
         (["--scale", "3"], "--scale takes 4, 2, 1, 0.5"),
-        (["--tile", "33"], "not a multiple of the coarse cell"),
+        (["--tile", "33"], "take a multiple of 8, or auto"),
+        (["--scale", "2"], "knows nothing finer"),
+        (["--overlap", "0.5"], "only patch diffusion paints in windows"),
         (["--steps", "0"], "takes a positive number"),
         (["--eta", "0.5"], "belongs to the solver ddim"),
         (["--solver", "ddim", "--eta", "2"], "eta lies between 0"),

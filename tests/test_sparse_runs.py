@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from chain import Chain, succeed, train_arguments
-from chain import pack_arguments as zoom_arguments
+from chain import pack_arguments as cascade_arguments
 from processes import run
 
 import jobs.report
@@ -19,7 +19,7 @@ from jobs.painting import Recipe, paint
 from jobs.run import Run
 from model.deconvolve import WienerInverse, deconvolve
 from model.draw import PointDraw
-from model.family import make_painter, noise_of, sampled_range
+from model.family import make_passes
 from model.generate import ArrayField, Trajectory, advance, finish, start
 from model.solver import DDIM, uniform_steps
 from model.sparse.config import SparseConfig
@@ -33,7 +33,7 @@ POINTS = 2000
 def packs(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2,000 uniform pixels a draw of mollified regions of 256 px."""
     out = tmp_path_factory.mktemp("uniform") / "packs"
-    arguments = [*zoom_arguments(chain, out), "--points", str(POINTS), "--design", "uniform"]
+    arguments = [*cascade_arguments(chain, out), "--points", str(POINTS), "--design", "uniform"]
     succeed(pipeline.pack.main([*arguments, "--mollifier", "1"]))
     return out
 
@@ -89,11 +89,14 @@ def test_what_is_painted_is_the_wiener_inverse_of_the_last_estimate(
 ) -> None:
     denoiser = Run(trained).load_denoiser(device=torch.device("cpu"))
     condition = Batches(PackSet.open(packs), batch=1, seed=0, augment=False).at(0).condition
-    painter = make_painter(denoiser, condition, guidance=1.0, tile=64, level=0)
-    found = paint(denoiser, painter, Recipe(64, 96, 2, 5, 1.0, "ddim")).array
+    (only,) = make_passes(denoiser, condition, guidance=1.0, tile=64, level=0, steps=2)
+    recipe = Recipe(64, 96, 2, 5, 1.0, "ddim")
+    found = paint([only], recipe, channels=3, mollifier_sigma_px=1.0).array
     here, there, sharp = (ArrayField(np.zeros((3, 64, 96), np.float32)) for _ in range(3))
-    (step,) = uniform_steps(*sampled_range(denoiser), 1)
-    start(here, noise_of(denoiser), 5, step.now)
+    painter, constraint = only.prepare(None)
+    assert constraint is None
+    (step,) = uniform_steps(*only.log_snrs, 1)
+    start(here, only.noise, 5, step.now)
     advance(painter, DDIM(), step, Trajectory(here, there))
     finish(painter, step.after, Trajectory(there, here))
     deconvolve(here, sharp, WienerInverse(1.0))
@@ -118,9 +121,9 @@ def test_packs_and_presets_that_do_not_fit_are_refused(
         return capsys.readouterr().err
 
     folder = tmp_path / "run"
-    zoom = train_arguments(chain, folder, 2, "--preset", "paper-tiny", "--set")
-    assert "--mollifier 1" in refused(*zoom[:-1])
-    assert "--design uniform" in refused(*zoom, "mollifier_sigma_px=0")
+    cascade = train_arguments(chain, folder, 2, "--preset", "paper-tiny", "--set")
+    assert "--mollifier 1" in refused(*cascade[:-1])
+    assert "--design uniform" in refused(*cascade, "mollifier_sigma_px=0")
     assert "--mollifier 0" in refused(str(packs), *train_arguments(chain, folder, 2)[1:])
     changes = arguments(chain, packs, folder, "--set")
     assert "does not exist; choose one of knn, splat" in refused(*changes, "resampling=nearest")

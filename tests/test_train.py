@@ -1,4 +1,4 @@
-"""Training with real DeepSpeed ranks: neither kills nor ranks nor threads change what it becomes."""
+"""Training with real DeepSpeed ranks: neither kills, ranks nor threads change what it becomes."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def same(folder: Path, other: Path, names: tuple[str, ...] = ("weights", "ema"))
 @pytest.fixture(scope="module")
 def undisturbed(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run("jobs.train", train_arguments(chain, folder, STEPS, *EXACT))
+    assert jobs.train.main(train_arguments(chain, folder, STEPS, *EXACT)) == 0
     return folder
 
 
@@ -101,7 +101,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
 def test_the_held_out_error_is_that_of_the_averaged_weights_on_the_validation_split(
     chain: Chain, undisturbed: Path
 ) -> None:
-    """Measured anew from the checkpoint: fixed windows, fixed noise, fixed levels, clean parents."""
+    """Measured anew from the checkpoint: on fixed windows, at fixed noise and clean parents."""
     lines = {str(line["part"]): line for line in metrics(undisturbed, "held_out")}
     assert lines.keys() == set("TABC")
     packs = PackSet.open(chain.packs)
@@ -119,7 +119,7 @@ def test_the_held_out_error_is_that_of_the_averaged_weights_on_the_validation_sp
 
 
 def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(
-    chain: Chain, undisturbed: Path, tmp_path: Path
+    chain: Chain, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     arguments = train_arguments(chain, folder, STEPS, *EXACT)
@@ -127,18 +127,24 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(
     stop_when(process, lambda: state(folder).get("step", 0) != 0, signal.SIGKILL)
     assert state(folder)["status"] == "running"
     assert state(folder)["step"] in (2, 4, 6)
-    output = run("jobs.train", arguments)
-    assert "resuming at step" in output
+    assert jobs.train.main(arguments) == 0
+    assert "resuming at step" in capsys.readouterr().out
     assert metrics(folder) == metrics(undisturbed)
     same(folder, undisturbed)
-    assert "already done" in run("jobs.train", arguments)
+    assert jobs.train.main(arguments) == 0
+    assert "already done" in capsys.readouterr().out
 
 
 def test_two_lanes_train_what_one_trains(chain: Chain, undisturbed: Path, tmp_path: Path) -> None:
     """Side by side, one thread each: bit for bit, whatever the order of their steps."""
     folder = tmp_path / "run"
-    arguments = train_arguments(chain, folder, STEPS, *EXACT)
-    run("jobs.train", arguments, more={"OMP_NUM_THREADS": "2"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert jobs.train.main(train_arguments(chain, folder, STEPS, *EXACT)) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     same(folder, undisturbed)
 
     def of_part(of: Path, name: str) -> list[dict[str, object]]:
@@ -363,21 +369,21 @@ def test_a_run_in_this_process_leaves_no_rank_to_later_ones(
 
 
 def test_engine_state_of_another_user_is_not_loaded(
-    chain: Chain, undisturbed: Path, tmp_path: Path
+    chain: Chain,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It holds pickles. The user is another one here, instead of the files."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     before = {**state(folder), "status": "preempted", "step": 6, "checkpoint": "step-00000006"}
     (folder / "state.json").write_text(json.dumps(before))
-    code = (
-        "import os, sys; os.geteuid = lambda: 2**31 - 7; import jobs.train; "
-        "sys.exit(jobs.train.main(sys.argv[2:]))"
-    )
-    arguments = train_arguments(chain, folder, STEPS, *EXACT)
-    output = run("jobs.train", arguments, ["-c", code], good=(2,))
-    assert "belongs to another user" in output
-    assert "--init-from" in output and "Traceback" not in output
+    monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 7)
+    assert jobs.train.main(train_arguments(chain, folder, STEPS, *EXACT)) == 2
+    said = capsys.readouterr().err
+    assert "belongs to another user" in said and "--init-from" in said
     assert state(folder)["step"] == 6
 
 

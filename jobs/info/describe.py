@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -131,6 +131,7 @@ def describe_packs(path: Path) -> Summary:
 def describe_run(path: Path) -> Summary:
     """A training run, alive or not."""
     record, state, metrics = read_record(path), read_state(path), read_metrics(path)
+    losses = [line for line in metrics if "loss" in line]
     config = record["config"]
     training, packs = config["training"], config["packs"]
     checkpoints = {
@@ -149,7 +150,9 @@ def describe_run(path: Path) -> Summary:
         "directory": record.get("directory"),
         "state": asdict(state) if state else None,
         "alive": bool(state and state.is_alive()),
-        "last_metrics": metrics[-1] if metrics else None,
+        "last_metrics": losses[-1] if losses else None,
+        "last_by_part": {line.get("part", "all"): line for line in losses},
+        "held_out": {line["part"]: line for line in metrics if "held_out" in line},
         "checkpoints": checkpoints,
         "bytes": _bytes_of(path),
     }
@@ -158,24 +161,20 @@ def describe_run(path: Path) -> Summary:
         millions = f", {parameters / 1e6:.1f} M parameters" if parameters else ""
         lines.append(("preset", f"{config['preset']}{millions}"))
         last, seconds = state.step, state.seconds
-        if metrics and metrics[-1]["step"] > last:
-            last, seconds = metrics[-1]["step"], metrics[-1]["seconds"]
+        if losses and losses[-1]["step"] > last:
+            last, seconds = losses[-1]["step"], losses[-1]["seconds"]
+        drawn = "windows" if packs["design"] == "cascade" else "regions"
         lines.append(
             (
                 "steps",
-                f"{last} of {training['steps']} steps of {training['batch']} regions in "
+                f"{last} of {training['steps']} steps of {training['batch']} {drawn} in "
                 f"{timedelta(seconds=round(seconds))}",
             )
         )
-    if metrics:
-        first, last_line = metrics[0], metrics[-1]
-        lines.append(
-            (
-                "loss",
-                f"{last_line['loss']:.4g} at step {last_line['step']}; it was "
-                f"{first['loss']:.4g} at step {first['step']}",
-            )
-        )
+    if losses:
+        lines.append(("loss", "\n".join(_losses(losses))))
+    if held_out := facts["held_out"]:
+        lines.append(("held out", _held_out(held_out)))
     lines += [
         (
             "packs",
@@ -193,6 +192,33 @@ def describe_run(path: Path) -> Summary:
     if state and state.checkpoint:
         lines.append(("sample", f"python -m jobs.sample {path} --condition STORE --out images"))
     return Summary("a training run", path, facts, lines)
+
+
+def _losses(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """The last loss of every part of the denoiser, beside its first."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        parts.setdefault(line.get("part", "all"), []).append(line)
+    for name, of_part in sorted(
+        parts.items(), key=lambda item: -max(item[1][0].get("levels", [0]))
+    ):
+        first, last = (
+            f"{line['loss']:.4g} at step {line.get('part_step', line['step'])}"
+            for line in (of_part[0], of_part[-1])
+        )
+        yield (f"{name} " if len(parts) > 1 else "") + f"{last}; it was {first}"
+
+
+def _held_out(last: dict[str, dict[str, Any]]) -> str:
+    """The last held-out error of every block, over noise levels and octaves."""
+    errors = []
+    for name, line in sorted(last.items(), key=lambda item: -max(item[1]["levels"])):
+        values = [value for row in line["held_out"] for value in row]
+        errors.append(f"{name} {sum(values) / len(values):.3f}")
+    names = {"val": "validation", "test": "test", "train": "training"}
+    splits = {line["split"] for line in last.values()}
+    regions = " and ".join(sorted(names.get(split, split) for split in splits))
+    return f"{', '.join(errors)} on {regions} regions; 1 is the linear estimate, lower is better"
 
 
 def describe_encoder(path: Path) -> Summary:

@@ -23,7 +23,7 @@ from jobs.report.material import Material, gather
 from jobs.report.neighbours import find_neighbours
 from jobs.report.page import GENERATOR, Drawn, render
 from jobs.report.pictures import draw_panels, draw_steps, picture_bytes
-from jobs.report.plots import plot_losses, plot_spectrum
+from jobs.report.plots import plot_held_out, plot_losses, plot_spectrum
 from pipeline import console
 
 INDEX = "index.html"
@@ -106,8 +106,9 @@ def _draw_plots(material: Material, folder: Path) -> dict[str, str]:
     """Write every curve there is material for; their files by name."""
     octaves = ((material.metrics or {}).get("spectrum") or {}).get("octaves") or []
     curves = {
-        "loss": plot_losses(material.losses, by_level=False),
-        "level_losses": plot_losses(material.losses, by_level=True),
+        "loss": plot_losses(material.progress, by_level=False),
+        "level_losses": plot_losses(material.progress, by_level=True),
+        "held_out": plot_held_out(material.progress),
         "spectrum": plot_spectrum(octaves, ratio=False),
         "spectrum_ratio": plot_spectrum(octaves, ratio=True),
     }

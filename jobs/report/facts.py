@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from jobs.report.material import Material, Painting
+from jobs.report.progress import Progress
 from jobs.run import commit
 from pipeline.store import StoreSpec
 
@@ -149,7 +150,9 @@ def training_facts(material: Material) -> Facts:
             ("training time", seconds(state.seconds)),
             ("restarts", number(state.restarts)),
         ]
-    names = ("batch", "learning_rate", "precision", "zero", "seed")
+    if len(parts := material.progress.parts) > 1:
+        facts.append(("blocks", ", ".join(parts)))
+    names = ("batch", "optimizer", "learning_rate", "precision", "zero", "seed")
     facts += [(n.replace("_", " "), number(training[n])) for n in names if n in training]
     return [
         *facts,
@@ -161,6 +164,38 @@ def training_facts(material: Material) -> Facts:
         ("store", str(material.store.path)),
         ("fingerprint of the store", material.store.fingerprint()),
     ]
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """One octave of a block in the table of held-out errors: by log-SNR, and their mean."""
+
+    block: str
+    octave: str
+    errors: tuple[str, ...]
+    mean: str
+
+
+def held_out_rows(progress: Progress) -> list[HeldOutRow]:
+    """The last measurement of every block, coarse to fine; the top block has no octave above."""
+    rows = []
+    for number, line in enumerate(progress.last_held_out()):
+        for place in reversed(range(len(line.levels))):
+            level, errors = line.levels[place], [row[place] for row in line.errors]
+            octave = f"{1 << level} to {2 << level}"
+            if number == 0 and len(line.levels) == 1:
+                octave = f"{1 << level} and more"
+            mean = sum(errors) / len(errors)
+            told = tuple(f"{error:.3f}" for error in errors)
+            rows.append(HeldOutRow(line.part, octave, told, f"{mean:.3f}"))
+    return rows
+
+
+def held_out_split(progress: Progress) -> str:
+    """Of what regions the held-out errors are."""
+    names = {"val": "validation", "test": "test", "train": "training"}
+    splits = {line.split for line in progress.last_held_out()}
+    return " and ".join(sorted(names.get(split, split) for split in splits))
 
 
 def flat(content: Mapping[str, Any], before: str = "") -> Facts:
@@ -223,6 +258,8 @@ def sample_command(material: Material, painting: Painting) -> str:
     for name in ("steps", "seed", "guidance", "solver", "eta", "overlap"):
         if name in recipe:
             arguments += [f"--{name}", str(recipe[name])]
+    if "bf16" in recipe:
+        arguments += ["--precision", "bf16" if recipe["bf16"] else "fp32"]
     given = identity.get("given") or {}
     for name in ("low", "known", "mask"):
         if name in given:

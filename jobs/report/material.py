@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.record import METRICS_NAME
+from jobs.report.progress import Progress
 from jobs.run import Run, RunConfig, RunState
 from model.lattice import coarser
 from pipeline.ome import OmeImage
@@ -46,8 +48,8 @@ class Painting:
 class Material:
     """Everything that a report shows, opened.
 
-    commit: of the training. losses: lines of the run's metrics.jsonl. metrics: what jobs.evaluate
-    measured, None before. stages: the commands that the demo recorded, in their order.
+    commit: of the training. progress: what the run's metrics.jsonl says. metrics: what
+    jobs.evaluate measured, None before. stages: the commands that the demo recorded, in order.
     """
 
     images: Path
@@ -56,7 +58,7 @@ class Material:
     config: RunConfig
     state: RunState | None
     commit: str
-    losses: list[dict[str, Any]]
+    progress: Progress
     store: Store
     regions: tuple[Region, ...]
     metrics: dict[str, Any] | None
@@ -105,7 +107,7 @@ def gather(images: Path, run: Path | None, store: Path | None, metrics: Path | N
         config=config,
         state=trained.state(),
         commit=str(described.get("commit", "unknown")),
-        losses=_loss_lines(trained.path / "metrics.jsonl"),
+        progress=Progress.read(trained.path / METRICS_NAME),
         store=opened,
         regions=tuple(opened.regions()),
         metrics=_read_json(file) if file.is_file() else None,
@@ -153,19 +155,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object; make it again")
     return content
-
-
-def _loss_lines(file: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl that are whole; a kill may have cut the last one short."""
-    lines = []
-    for text in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if all(isinstance(line.get(name), int | float) for name in ("step", "loss")):
-            lines.append(line)
-    return lines
 
 
 def _stages(demo: Path) -> list[dict[str, Any]]:

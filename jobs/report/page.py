@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jobs.report import facts
 from jobs.report.material import Material, Painting
 from jobs.report.neighbours import Neighbourhood, is_same, overlap
-from jobs.report.pictures import Panel, Panels
+from jobs.report.pictures import Panel, Panels, StepPicture
 from model.lattice import coarser
 from pipeline.store import Region
 
@@ -31,7 +31,7 @@ class Drawn:
 
     panels: dict[str, Panels]
     plots: dict[str, str]
-    steps: list[tuple[int, str]]
+    steps: list[StepPicture]
 
 
 def render(
@@ -71,6 +71,10 @@ def render(
         ],
         evaluate=facts.evaluate_command(material),
         plots=drawn.plots,
+        blocks=len(material.progress.parts) > 1,
+        held_out=facts.held_out_rows(material.progress),
+        held_out_split=facts.held_out_split(material.progress),
+        log_snrs=_log_snrs(material),
         steps=drawn.steps,
         training=facts.training_facts(material),
         report=facts.report_facts(),
@@ -92,6 +96,12 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
 
 
+def _log_snrs(material: Material) -> list[str]:
+    """The noise levels of the table of held-out errors."""
+    last = material.progress.last_held_out()
+    return [f"{value:+g}".replace("-", "−") for value in last[0].log_snrs] if last else []
+
+
 def _glance(material: Material, neighbours: dict[str, Neighbourhood]) -> facts.Facts:
     """The first things to know."""
     count, spec = len(material.paintings), material.store.spec
@@ -107,6 +117,8 @@ def _glance(material: Material, neighbours: dict[str, Neighbourhood]) -> facts.F
     if material.state is not None:
         spent = f"{facts.number(material.state.step)} steps"
         glance.append(("trained", f"{spent}, {facts.seconds(material.state.seconds)}"))
+    if last := material.progress.last_held_out():
+        glance.append(("held-out error", ", ".join(f"{h.part} {h.mean:.2f}" for h in last)))
     glance.append(("preset", material.config.preset))
     glance.append(("resolution", f"{spec.spacing:g} {facts.unit_name(spec.unit)} a pixel"))
     return glance

@@ -263,14 +263,27 @@ def _save_jpeg(pixels: UInt8[np.ndarray, "h w 3"], file: Path) -> None:
     Image.fromarray(pixels).save(file, "jpeg", quality=QUALITY, subsampling=0)
 
 
-def draw_steps(samples: Path, folder: Path, most: int) -> list[tuple[int, str]]:
-    """Copy at most `most` of a run's sample pictures, evenly, the last always: (step, file)."""
+@dataclass(frozen=True)
+class StepPicture:
+    """What a run painted at one of its steps."""
+
+    step: int
+    file: str
+    height: int
+    width: int
+
+
+def draw_steps(samples: Path, folder: Path, most: int) -> list[StepPicture]:
+    """Copy at most `most` of a run's sample pictures, evenly, the last always."""
     found = sorted(samples.glob("step-*.png"))
     places = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
     steps = []
     for file in (found[i] for i in places):
         shutil.copyfile(file, folder / file.name)
-        steps.append((int(file.stem.removeprefix("step-")), file.name))
+        with Image.open(file) as picture:
+            width, height = picture.size
+        step = int(file.stem.removeprefix("step-"))
+        steps.append(StepPicture(step, file.name, height, width))
     return steps
 
 

@@ -13,8 +13,11 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from jobs.report.progress import Progress
 
 INK, GRID = "#1d2127", "#dcdfe4"
 DARK = {INK: "#d8dce2", GRID: "#3a4048"}
@@ -42,35 +45,77 @@ STYLE: Any = {
 }
 
 
-def plot_losses(lines: Sequence[dict[str, Any]], *, by_level: bool) -> bytes | None:
-    """The loss over steps, or that of each level where there are several; None where none is
-    recorded.
+def plot_losses(progress: Progress, *, by_level: bool) -> bytes | None:
+    """The loss of every part over the steps of the run, or that of each of its levels where there
+    are several; None where none is recorded.
     """
-    steps = np.array([float(line["step"]) for line in lines])
-    if by_level:
-        rows = [line.get("level_losses") or [] for line in lines]
-        count = min((len(row) for row in rows), default=0)
-        count = count if count > 1 else 0
-        curves = {f"{1 << k} px": np.array([float(row[k]) for row in rows]) for k in range(count)}
-    else:
-        curves = {"": np.array([float(line["loss"]) for line in lines])}
-    if len(steps) == 0 or not curves:
+    parts, curves = progress.parts, []
+    for number, part in enumerate(parts):
+        lines = [line for line in progress.losses if line.part == part]
+        if not by_level:
+            points = [(line.step, line.loss) for line in lines]
+            curves.append((part, _colour(number, 0, 1), points))
+            continue
+        levels = sorted({level for line in lines for level in line.levels}, reverse=True)
+        for place, level in enumerate(levels):
+            points = [
+                (line.step, loss)
+                for line in lines
+                for k, loss in zip(line.levels, line.level_losses, strict=True)
+                if k == level
+            ]
+            name = f"{1 << level} px"
+            name = f"{part} {name}" if len(parts) > 1 else name
+            curves.append((name, _colour(number, place, len(levels)), points))
+    curves = [curve for curve in curves if curve[2]]
+    if not curves or (by_level and len(curves) < 2):
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()
-        for number, (label, values) in enumerate(curves.items()):
-            colour = f"C{number}"
+        for label, colour, points in curves:
+            steps, values = np.array(points, float).T
             axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
             x, smooth = _running_mean(steps, values)
             marker = "o" if len(x) == 1 else None
             axes.plot(x, smooth, color=colour, linewidth=2, label=label, marker=marker)
-        if by_level:
-            axes.legend(title="side of a cell", ncols=2, title_fontsize=10)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss of a level" if by_level else "loss")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.margins(x=0.02)
+        if len(curves) > 1:
+            title = "side of a cell" if by_level else "block"
+            axes.legend(title=title, ncols=3 if by_level else 2, title_fontsize=10)
+        _over_steps(axes, "loss of a level" if by_level else "loss")
         return _svg(figure)
+
+
+def plot_held_out(progress: Progress) -> bytes | None:
+    """The held-out error of every part over the steps of the run; None where none is recorded."""
+    if not progress.held_out:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        axes.axhline(1, color=INK, linewidth=1, linestyle="--")
+        for number, part in enumerate(progress.parts):
+            points = [(line.step, line.mean) for line in progress.held_out if line.part == part]
+            if points:
+                steps, values = np.array(points, float).T
+                colour = _colour(number, 0, 1)
+                axes.plot(steps, values, "o-", color=colour, label=part, markersize=3, linewidth=2)
+        axes.set_ylim(bottom=0)
+        axes.legend(title="block", ncols=2, title_fontsize=10)
+        _over_steps(axes, "held-out error")
+        return _svg(figure)
+
+
+def _colour(part: int, place: int, places: int) -> tuple[float, float, float]:
+    """A hue for each part, lighter for its finer levels."""
+    white = 0.6 * place / max(places - 1, 1)
+    r, g, b = ((1 - white) * value + white for value in to_rgb(f"C{part}"))
+    return r, g, b
+
+
+def _over_steps(axes: Axes, label: str) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.margins(x=0.02)
 
 
 def _running_mean(

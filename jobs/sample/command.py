@@ -146,6 +146,7 @@ def _paint(
         steps=recipe.steps,
         overlap=recipe.overlap,
         sampling=plan.config.packs.sampling(),
+        values=plan.config.value_range(),
     )
     total = sum(work_of(trajectory, recipe) for trajectory in passes)
     with (

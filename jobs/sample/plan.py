@@ -164,4 +164,11 @@ def _tile(
             f"--tile {text} would cut through pixels of --low, which are squares of {cell} of the "
             f"painting's; take a multiple of {cell}, or auto"
         )
+    if isinstance(denoiser, CascadeConfig):
+        parent = 1 << max(block.octaves for block in denoiser.blocks)
+        if int(text) % parent:
+            raise ValueError(
+                f"--tile {text} would cut through parents, squares of up to {parent} cells; take "
+                f"a multiple of {parent}, or auto"
+            )
     return int(text)

@@ -33,7 +33,7 @@ class TopConfig:
     heads: int = 4
     attention: TopAttention = "operator"
     lookup: bool = True
-    share: float = 0.05
+    share: float = 0.04
     evaluations: int = 20
 
     def __post_init__(self) -> None:
@@ -113,8 +113,8 @@ class BlockConfig:
         return -(-(reach + self.place) // (1 << self.octaves))
 
 
-A = BlockConfig("A", 8, 5, 2, (48, 96, 128), (1, 1, 2), share=0.14)
-B = BlockConfig("B", 5, 2, 2, (48, 96, 128), (1, 1, 2), share=0.46)
+A = BlockConfig("A", 8, 5, 2, (48, 96, 128), (1, 1, 2), share=0.2)
+B = BlockConfig("B", 5, 2, 2, (48, 96, 128), (1, 1, 2), share=0.45)
 C = BlockConfig(
     "C", 2, 0, 4, (64,), (3,), context=32, tokens=False, window=32, share=0.35, evaluations=16
 )

@@ -119,7 +119,7 @@ class OctaveBlock(nn.Module):
         if self.block.tokens and tokens is not None:
             index = torch.arange(len(guess), device=guess.device)
             looked_up = tokens.at(index, parents.y_px, parents.x_px).permute(0, 3, 1, 2)
-        out = self.net(
+        out, gains = self.net(
             torch.cat([seen.scaled, guess, smooth * self.scale], dim=1),
             parents.values,
             parents.present,
@@ -127,7 +127,7 @@ class OctaveBlock(nn.Module):
             log_snr + sum(self.offsets) / len(self.offsets),
             present,
         )
-        return zero_mean(out.to(guess), n)
+        return zero_mean(seen.weighted(gains.to(guess)) + out.to(guess), n)
 
 
 class _Seen:
@@ -143,7 +143,8 @@ class _Seen:
         level = log_snr[:, None, None, None]
         self.octaves = details(observed, self.n)
         self.factors = [preconditioning_factors(s, n, level)[:3] for s, n in block.variances]
-        self.scaled = self._sum([c_in for c_in, _, _ in self.factors], self.octaves)
+        self.parts = [c_in * y for (c_in, _, _), y in zip(self.factors, self.octaves, strict=True)]
+        self.scaled = torch.stack(self.parts).sum(dim=0)
         self.known = self._sum([c_skip for _, c_skip, _ in self.factors], self.octaves)
 
     @staticmethod
@@ -152,6 +153,10 @@ class _Seen:
         for factor, part in zip(factors[1:], parts[1:], strict=True):
             total = torch.addcmul(total, factor, part)
         return total
+
+    def weighted(self, gains: Float[Tensor, "b g hk wk"]) -> Float[Tensor, "b c hk wk"]:
+        """sum_l gain_l c_in,l y_l."""
+        return self._sum(list(gains.chunk(self.n, dim=1)), self.parts)
 
     def corrected(self, out: Float[Tensor, "b c hk wk"]) -> Float[Tensor, "b c hk wk"]:
         """sum_l c_out,l F_l."""

@@ -101,8 +101,13 @@ class ContextNet(nn.Module):
 
 
 class BlockNet(nn.Module):
-    """F of a block from what is seen of its cells, its parents, looked-up tokens and the noise
-    level (relative to the middle of the block's range).
+    """From what is seen of a block's cells, its parents, looked-up tokens and the noise level
+    (relative to the middle of the block's range): what is added to F, and with which gain the
+    observed details of each octave are.
+
+    Where an image is flat all of its observed details are noise. Features are normalised place by
+    place and have lost their size, so that a gain says what convolutions alone learn slowly: how
+    far a place's own details are to be believed.
     """
 
     def __init__(self, config: CascadeConfig, block: BlockConfig) -> None:
@@ -126,6 +131,7 @@ class BlockNet(nn.Module):
         self.downs = nn.ModuleList(Conv(a, b, 2, stride=2) for a, b in pairs)
         self.ups = nn.ModuleList(Conv(b, 4 * a, 1) for a, b in pairs)
         self.head = Conv(widths[0], channels * inside, zero=True)
+        self.gain = Conv(widths[0], channels * block.octaves, 1, zero=True)
 
     def forward(
         self,
@@ -135,9 +141,9 @@ class BlockNet(nn.Module):
         tokens: Float[Tensor, "b t h w"] | None,
         log_snr: Float[Tensor, " b"],
         present: Float[Tensor, "b 1 h w"] | None,
-    ) -> Float[Tensor, "b c hk wk"]:
+    ) -> tuple[Float[Tensor, "b c hk wk"], Float[Tensor, "b g hk wk"]]:
         """parents, parents_present: with a margin. present: of the inner parents, where any is
-        absent.
+        absent. Gains are those of the coarsest octave first.
         """
         embedding = self.embedding(log_snr)
         masks = [present]
@@ -163,4 +169,6 @@ class BlockNet(nn.Module):
             x = masked(F.pixel_shuffle(self.ups[i](x), 2), masks[i]) + skips[i]
             for block in self.decoder[i]:
                 x = block(x, embedding, masks[i])
-        return F.pixel_shuffle(self.head(F.silu(x)), self.place)
+        x = F.silu(x)
+        gains = F.interpolate(self.gain(x), scale_factor=float(self.place))
+        return F.pixel_shuffle(self.head(x), self.place), gains

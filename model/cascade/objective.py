@@ -88,13 +88,11 @@ class BlockObjective(nn.Module):
     def held_out(
         self, draw: TopDraw | BlockDraw, condition: Condition, seeds: Int64[Tensor, " b"]
     ) -> Float[Tensor, "snrs levels"]:
-        """The errors at fixed log-SNRs around the middle, under fixed noise, with clean parents."""
+        """The errors at fixed log-SNRs around the middle, under keyed noise, with clean parents."""
         middle, count = self.block.middle(), len(draw.values)
         rows = [
-            self.losses(
-                draw, condition, seeds, torch.full((count,), middle + a, device=seeds.device)
-            )
-            for a in HELD_OUT_LOG_SNRS
+            self.losses(draw, condition, seeds, draw.values.new_full((count,), middle + away))
+            for away in HELD_OUT_LOG_SNRS
         ]
         return torch.stack(rows)
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from model.attention import Condition, Tokens
 from model.cascade.denoiser import CascadeBlock, CascadeDenoiser, OctaveBlock, Parents
+from model.cascade.range import ValueRange
 from model.cascade.top import TopDenoiser
 from model.generate import Constraint, Estimator, Field, Pass
-from model.haar import zero_mean
+from model.haar import means, up
 from model.lattice import Box, tiles
 from model.noise import NoiseTree
 from model.noise_band import BandNoise
@@ -33,11 +34,13 @@ def cascade_passes(
     tile: int,
     level: int,
     steps: int | None,
+    values: ValueRange | None = None,
 ) -> list[Pass]:
     """The passes of an image of cells of `level`: all blocks as far as one that is as fine.
 
     guidance: classifier-free guidance, x0 = null + guidance (conditional - null), in blocks that
     read tokens; 1 evaluates the condition alone. tile: side of a tile in cells of each block.
+    values: inside which area means are held; pixels are not, whose image is rounded in any case.
     """
     tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
     found: list[Pass] = []
@@ -47,7 +50,7 @@ def cascade_passes(
         given = sides(block, condition, guidance)
         evaluations, bounds = steps or config.evaluations, block.log_snr_range()
         if isinstance(block.body, TopDenoiser):
-            top = TopPainter(block.body, given, guidance)
+            top = TopPainter(block.body, given, guidance, values)
             prepare = partial(_whole, top)
             found.append(Pass(config.name, block.body.level, evaluations, bounds, tree, prepare))
             fine = block.body.level
@@ -55,7 +58,8 @@ def cascade_passes(
             assert isinstance(block.body, OctaveBlock)
             fine, parents = block.body.block.fine, block.body.block.parents
             cells = max(tile, 1 << block.body.block.octaves)
-            below = partial(_below, block.body, given, guidance, cells)
+            held = values if fine > 0 else None
+            below = partial(_below, block.body, given, guidance, cells, held)
             noise = BandNoise(tree, parents)
             found.append(Pass(config.name, fine, evaluations, bounds, noise, below))
         if fine <= level:
@@ -89,11 +93,12 @@ def _below(
     given: tuple[Tokens | None, ...],
     guidance: float,
     tile: int,
+    values: ValueRange | None,
     above: Field | None,
 ) -> tuple[Estimator, Constraint | None]:
     assert above is not None, "a block of octaves has parents"
     under = Under(body, above)
-    return BlockPainter(under, given, guidance, tile), under
+    return BlockPainter(under, given, guidance, tile, values), under
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class TopPainter:
     body: TopDenoiser
     given: tuple[Tokens | None, ...]
     guidance: float
+    values: ValueRange | None = None
 
     @torch.no_grad()
     def estimate(
@@ -120,7 +126,10 @@ class TopPainter:
             for tokens in self.given
             if tokens is not None
         ]
-        yield box, u[0], guided(found, self.guidance)[0]
+        x0 = guided(found, self.guidance)
+        if self.values is not None:
+            x0 = self.values.hold(x0, self.body.level, 0)
+        yield box, u[0], x0[0]
 
 
 @dataclass(frozen=True)
@@ -136,14 +145,22 @@ class Under:
         return 1 << self.body.block.octaves
 
     def project(self, box: Box, x0: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-        """What the parents tell, and the details of x0."""
+        """The values with the means of the parents."""
+        n = self.body.block.octaves
+        wanted = self.parents.read(self._above(box)).to(x0)
+        return x0 + up(wanted[None] - means(x0[None], n), n)[0]
+
+    def guess(self, box: Box, like: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+        """What the parents tell: their means and the details that they predict."""
+        return self.body.base(self.around(self._above(box), like))[0]
+
+    def _above(self, box: Box) -> Box:
         above = box.cover(self.body.block.parents)
         if above.refine(box.level) != box:
             raise ValueError(
                 f"{box} cuts through parents of {self.cell} cells a side, whose means are given"
             )
-        base = self.body.base(self.around(above, x0))[0]
-        return base + zero_mean(x0[None], self.body.block.octaves)[0]
+        return above
 
     def around(self, box: Box, like: Tensor) -> Parents:
         """Parents of a box inside the image, with the margin that the network sees."""
@@ -174,6 +191,7 @@ class BlockPainter:
     given: tuple[Tokens | None, ...]
     guidance: float
     tile: int
+    values: ValueRange | None = None
 
     def __post_init__(self) -> None:
         if self.tile % self.under.cell:
@@ -198,9 +216,11 @@ class BlockPainter:
             base = body.base(parents)
             observed = u / _alpha(log_snr) - base
             found = [body(observed, parents, tokens, level) for tokens in self.given]
-            x0 = (base + guided(found, self.guidance))[0]
             ys, xs = box.slices_in(cells)
-            yield box, u[:, ys, xs], x0[:, ys, xs]
+            x0 = (base + guided(found, self.guidance))[:, :, ys, xs]
+            if self.values is not None:
+                x0 = self.values.hold(x0, block.fine, block.octaves)
+            yield box, u[:, ys, xs], x0[0]
 
 
 def _alpha(log_snr: float) -> float:

@@ -44,9 +44,9 @@ class Pack:
     """Most that auto may write, in GB."""
     design: str = "cascade"
     """Which cells are drawn. cascade: the top lattice (cells of 256 px) and windows of every block
-    of octaves. uniform: random pixels, disjoint from draw to draw until a region is used up. mixed: half random pixels,
-    half stacks of nested windows. sobol: pixels under a scrambled Sobol sequence. patch (for
-    --preset patch of jobs.train): one embedded tile of pixels a draw."""
+    of octaves. uniform: random pixels, disjoint from draw to draw until a region is used up.
+    mixed: half random pixels, half stacks of nested windows. sobol: pixels under a scrambled Sobol
+    sequence. patch (for --preset patch of jobs.train): one embedded tile of pixels a draw."""
     window: int | None = None
     """Side of a window in cells; by default 32 for mixed and 256 for patch."""
     lattice: bool = False

@@ -126,6 +126,8 @@ def _measure(moments: Moments, tokens: np.ndarray) -> dict[str, Any]:
         "details": [_to_json(energy) for energy in moments.details],
         "residuals": [_to_json(energy) for energy in moments.residuals],
         "region_means": [mean.tolist() for mean in moments.region_means],
+        "low": moments.low.tolist(),
+        "high": moments.high.tolist(),
         "tokens": (len(values), values.sum(0).tolist(), np.square(values).sum(0).tolist()),
     }
 
@@ -150,6 +152,8 @@ def _moments(measured: dict[str, Any]) -> Moments:
         [_from_json(pair) for pair in measured["details"]],
         [_from_json(pair) for pair in measured["residuals"]],
         [np.array(mean) for mean in measured["region_means"]],
+        np.array(measured["low"]),
+        np.array(measured["high"]),
     )
 
 
@@ -188,6 +192,8 @@ def write_index(out: Path, plan: Plan) -> None:
         residual=moments.residual(),
         token_mean=tuple(token_mean.tolist()),
         token_std=tuple(token_std.tolist()),
+        low=tuple(map(tuple, moments.low.tolist())),
+        high=tuple(map(tuple, moments.high.tolist())),
     )
     console.write_json_atomic(out / INDEX_NAME, index_content(plan.settings, statistics, entries))
 

@@ -185,49 +185,40 @@ def test_a_training_step_of_each_block() -> None:
     report(f"a training step of tiny at {USUAL}², batch {BATCH}, CPU seconds of one thread", rows)
 
 
-def sides_of(name: str, rounds: int) -> dict[int, float]:
-    """CPU seconds of a step of a block by the side of the image, in bfloat16."""
+def sides_of(name: str, rounds: int) -> dict[int, tuple[float, float, float]]:
+    """By side of the image: CPU seconds of a step of a block in bfloat16, and memory, of the step
+    and of all.
+    """
     torch.set_num_threads(1)
-    ready: dict[int, Callable[[], object]] = {
-        side: BlockStep(name, side, bf16=True).ready() for side in SIDES
-    }
-    for step in ready.values():
-        step()
-    return interleaved(ready, rounds)
-
-
-def memory_of(name: str, side: int) -> tuple[float, float]:
-    """(peak of the whole process, of which a step) in GB."""
-    torch.set_num_threads(1)
-    step = BlockStep(name, side, bf16=True).ready()
-    extra = extra_gb(step)
-    return held_gb("VmHWM"), extra
+    ready = {side: BlockStep(name, side, bf16=True).ready() for side in SIDES}
+    memory = {side: (extra_gb(step), held_gb("VmHWM")) for side, step in ready.items()}
+    works: dict[Any, Callable[[], object]] = dict(ready)
+    least = interleaved(works, rounds)
+    return {side: (least[side], *memory[side]) for side in SIDES}
 
 
 @pytest.mark.timeout(3600)
 def test_a_training_step_is_flat_in_the_side_of_the_image() -> None:
     """T has (side / 256)² cells and grows with the image, A has less than a whole window below
-    2048². `mixture` weights blocks by the steps that they take in their shares of the time at
+    2048². The mixture weights blocks by the steps that they take in their shares of the time at
     4096².
     """
-    config, design = denoiser(USUAL).config, CascadeDesign()
-    cost = {
-        name: in_a_process_of_its_own(sides_of, name, 3 if name == "T" else 8) for name in NAMES
-    }
-    rows = []
+    config, design, rows = denoiser(USUAL).config, CascadeDesign(), []
     for side in SIDES:
         image = Extent(side, side)
         rows.append((f"{side}²: {design.describe(image)}", f"{design.num_values(image)} values"))
-    for name, seconds in cost.items():
-        for side in SIDES:
-            peak, extra = in_a_process_of_its_own(memory_of, name, side)
-            per_minute = 60 * config.shares[name] / seconds[side]
+    cost = {}
+    for name in NAMES:
+        found = in_a_process_of_its_own(sides_of, name, 2 if name == "T" else 8)
+        cost[name] = {side: found[side][0] for side in SIDES}
+        for side, (seconds, extra, peak) in found.items():
+            per_minute = 60 * config.shares[name] / seconds
             rows.append(
                 (
                     f"{name}, {side}²",
-                    f"{1e3 * seconds[side]:.0f} ms, {seconds[side] / seconds[1024]:.2f} × 1024², "
-                    f"{seconds[side] / seconds[USUAL]:.2f} × {USUAL}²; {per_minute:.0f} steps in "
-                    f"its share of a minute; peak {peak:.2f} GB, the step {extra:.2f} GB",
+                    f"{1e3 * seconds:.0f} ms, {seconds / found[1024][0]:.2f} × 1024², "
+                    f"{seconds / found[USUAL][0]:.2f} × {USUAL}²; {per_minute:.0f} steps in "
+                    f"its share of a minute; the step {extra:.2f} GB of {peak:.2f}",
                 )
             )
     for names in (NAMES, NAMES[1:]):
@@ -274,7 +265,7 @@ def evaluations_of(side: int, tile: int) -> dict[str, tuple[float, ...]]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("side", "tile"), [(2048, 1024), (4096, 1024), (4096, 2048)])
+@pytest.mark.parametrize(("side", "tile"), [(2048, 1024), (4096, 512), (4096, 1024)])
 def test_one_evaluation_of_each_block(side: int, tile: int) -> None:
     rows, total = [], [0.0, 0.0]
     for name, row in in_a_process_of_its_own(evaluations_of, side, tile).items():
@@ -289,7 +280,7 @@ def test_one_evaluation_of_each_block(side: int, tile: int) -> None:
         )
         total = [t + evaluations * each for t, each in zip(total, (single, half), strict=True)]
     rows.append(("all evaluations", f"float32 {total[0]:.1f} s, bfloat16 {total[1]:.1f} s"))
-    report(f"one evaluation of tiny, {side}², tiles of {tile} px, one thread", rows)
+    report(f"one evaluation of tiny, {side}², tiles of {tile} cells, one thread", rows)
 
 
 def image_of(side: int, bf16: bool, threads: int) -> tuple[float, float, float]:

@@ -5,6 +5,8 @@ Nothing is asserted about time: machines are shared and noisy. Figures to keep g
 docs/benchmarks.md. The cascade's are in bench_cascade.
 """
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import platform
@@ -66,7 +68,9 @@ def held_gb(field: str) -> float:
 
 
 def extra_gb(work: Callable[[], object]) -> float:
-    """How much more memory than now this process holds at most during `work`."""
+    """How much more memory than now this process holds at most during `work`; Linux, glibc."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # nothing is held back that is not used
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
     before = held_gb("VmRSS")
     work()
