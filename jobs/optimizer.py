@@ -16,7 +16,7 @@ BETAS = (0.9, 0.99)
 LEAST_MATRIX = 2048
 """Smaller matrices are left to AdamW, and so are those named here: first and last layers, and what
 modulates features."""
-NO_MATRICES = ("head", "film", "embedding", "label")
+NO_MATRICES = ("head", "gain", "film", "embedding", "label")
 
 
 class Joint(torch.optim.Optimizer):

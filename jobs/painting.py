@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from model.deconvolve import WienerInverse, deconvolve
 from model.editing import Edit, Edited, hold, start_from
@@ -57,7 +58,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """What names the image; what does not concern it is left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        parts = asdict(self).items()
+        return {name: v for name, v in parts if v is not None and v is not False}
 
     def make_solver(self) -> Solver:
         return make_solver(self.solver, self.eta)
@@ -72,6 +74,7 @@ def paint(
     work: Path | None = None,
     report: Callable[[int, int], None] = lambda start, amount: None,
     edit: Edit | None = None,
+    device: str = "cpu",
 ) -> ArrayField:
     """The generated field, standardised; where the process is mollified, sharpened by the Wiener
     inverse of the mollifier.
@@ -82,6 +85,7 @@ def paint(
             units of cells (see `work_of`).
         edit: what is known of the image, see `model.editing`; a folder's trajectory knows nothing
             of it.
+        device: what the layers of the denoiser run on.
     """
     if edit is not None and mollifier_sigma_px:
         raise ValueError(
@@ -98,7 +102,8 @@ def paint(
         given = edit.given(trajectory.level, shape) if edit is not None else None
         if given is None:
             counted = partial(report_from, report, spent)
-            above, other = _generate(trajectory, recipe, shape, above, state, counted, edit)
+            with torch.autocast(device, torch.bfloat16, recipe.bf16):
+                above, other = _generate(trajectory, recipe, shape, above, state, counted, edit)
         else:
             above = given
         spent += work_of(trajectory, recipe)

@@ -1,6 +1,4 @@
-"""diffusers' U-Net, of the sizes of a configuration: on the coarse lattice of sparse operators, and
-on patches.
-"""
+"""diffusers' U-Net of the sizes of a configuration, for lattices of points and for patches."""
 
 from typing import Any
 
@@ -8,13 +6,16 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
-from model.config import DenoiserConfig
+from model.config import PatchConfig, SparseConfig
 
 TIME_ORIGIN, TIME_SCALE = 16.0, 30.0
 
 
 def make_unet(
-    config: DenoiserConfig, in_channels: int, out_channels: int, modulated: int | None = None
+    config: PatchConfig | SparseConfig,
+    in_channels: int,
+    out_channels: int,
+    modulated: int | None = None,
 ) -> Any:
     """diffusers' U-Net of the sizes of `config`, with tokens of `token_width`.
 

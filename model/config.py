@@ -146,7 +146,7 @@ def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
     separated, and a field of a block of a cascade is BLOCK.NAME.
     """
     for change in changes:
-        path, equals, text = change.partition("=")
+        path, _, text = change.partition("=")
         block, dot, name = path.rpartition(".")
         if not dot:
             config = _with(config, name, text, change)
@@ -154,8 +154,11 @@ def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
         if not isinstance(config, CascadeConfig) or block not in config.names:
             names = ", ".join(config.names) if isinstance(config, CascadeConfig) else "none"
             raise ValueError(f"{change!r} names a block of this preset, whose blocks are: {names}")
-        parts = [_with(b, name, text, change) if b.name == block else b for b in config.sequence]
-        config = replace(config, top=parts[0], blocks=tuple(parts[1:]))
+        if block == config.top.name:
+            config = replace(config, top=_with(config.top, name, text, change))
+            continue
+        blocks = (_with(b, name, text, change) if b.name == block else b for b in config.blocks)
+        config = replace(config, blocks=tuple(blocks))
     return config
 
 

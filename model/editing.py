@@ -17,9 +17,9 @@ the estimate of the known part is what it was, so that n' = xi as it started for
 sqrt(1 - s^2 / sigma'^2) n + (s / sigma') n' for a stochastic solver (2M extrapolates a constant).
 So the denoiser reads the known part with the keyed noise of its time.
 
-An image that is generated pass by pass, from coarse to fine, is held in each of them (`Edit`). Area
-means that are as fine as a pass's cells stand for the pass: generation starts below them. Known
-pixels are known at every level: a cell of which the part w is known has P x0 = w known +
+An image that is generated pass by pass, from coarse to fine, is held in each of them (`Edit`).
+Area means that are as fine as a pass's cells stand for the pass: generation starts below them.
+Known pixels are known at every level: a cell of which the part w is known has P x0 = w known +
 (1 - w) x0, and where a pass is also held to the area means of its parents, the rest of a family
 makes up for what its known members lack.
 
@@ -221,7 +221,7 @@ class LowImage:
         down = level - self.level
         if down < 0:
             return None
-        channels, height, width = shape
+        _, height, width = shape
         _, rows, columns = self.low.shape
         field = ArrayField(np.empty(shape, np.float32))
         side = max(_READ_CELLS >> down, 1)
@@ -322,7 +322,7 @@ class Edited:
 def start_from(
     field: Field, constraint: Constraint, log_snr: float, *, level: int = 0, tile: int = 512
 ) -> None:
-    """Add sqrt(abar) times what is guessed to a field that `generate.start` wrote at the first log-SNR."""
+    """Add sqrt(abar) times what is guessed to a field that `generate.start` wrote."""
     alpha = (1.0 + np.exp(-log_snr)) ** -0.5
     for box in tiles(*field.shape[1:], max(tile, constraint.cell), level=level):
         u = field.read(box)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from fields import DESIGN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +13,16 @@ from model.design import (
     PointDesign,
     SobolDesign,
     UniformDesign,
+    WindowsBelow,
     make_design,
 )
 
+DESIGN = CascadeDesign(
+    points=4_000,
+    coarse_level=5,
+    blocks=(WindowsBelow(2, 5, 3), WindowsBelow(0, 2, 8)),
+    parts=(0.5, 0.5),
+)
 SPARSE = MixedDesign(points=350, coarse_level=3, window=6)
 
 

@@ -1,5 +1,6 @@
 """Training with real DeepSpeed ranks: neither kills, ranks nor threads change what it becomes."""
 
+import copy
 import json
 import os
 import shutil
@@ -239,7 +240,7 @@ def test_muons_momentum_comes_back(undisturbed: Path) -> None:
     assert moved == {id(p) for p in one}
     for step in range(4):
         if step == 2:
-            second.load_state_dict(first.state_dict())
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
             with torch.no_grad():
                 for mine, theirs in zip(other, one, strict=True):
                     mine.copy_(theirs)
@@ -279,12 +280,12 @@ def test_a_limit_of_time_counts_training_alone(
     capsys.readouterr()
     assert jobs.train.main(arguments) == 0
     assert "already done" in capsys.readouterr().out
-    longer = train_arguments(chain, folder, 100_000, "--max-minutes", str(1.2 * seconds / 60))
+    longer = train_arguments(chain, folder, 100_000, "--max-minutes", str(2 * seconds / 60))
     assert jobs.train.main(longer) == 0
     assert "resuming at step" in capsys.readouterr().out
     after = state(folder)["parts"]
     assert isinstance(after, dict)
-    assert all(after[name][0] > steps for name, (steps, _) in parts.items())
+    assert after["B"][0] > parts["B"][0] and after["C"][0] > parts["C"][0]
 
 
 def test_without_held_out_regions_the_error_is_that_of_training_ones(
@@ -314,8 +315,8 @@ def test_runs_of_the_pyramid_that_was_before_are_refused(
     (old / "config.json").write_text(json.dumps(content))
     paint = [str(old), "--condition", str(chain.store), "--out", str(tmp_path / "out")]
     train = train_arguments(chain, old, STEPS, *EXACT)
-    for code in (jobs.sample.main(paint), jobs.train.main(train)):
-        assert code == 2
+    for command, arguments in ((jobs.sample, paint), (jobs.train, train)):
+        assert command.main(arguments) == 2
         said = " ".join(capsys.readouterr().err.split())
         assert "cascade of octave blocks has replaced; pack and train again" in said
 

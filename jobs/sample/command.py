@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from jobs.painting import paint, painting_seconds, work_of
 from jobs.run import Run
@@ -149,10 +148,7 @@ def _paint(
         values=plan.config.value_range(),
     )
     total = sum(work_of(trajectory, recipe) for trajectory in passes)
-    with (
-        console.counter(total=total, desc=f"sample {name}") as count,
-        torch.autocast(plan.device.type, torch.bfloat16, recipe.bf16),
-    ):
+    with console.counter(total=total, desc=f"sample {name}") as count:
         field = paint(
             passes,
             recipe,
@@ -161,6 +157,7 @@ def _paint(
             work=work,
             report=count,
             edit=plan.given.edit if plan.given else None,
+            device=plan.device.type,
         )
     painted = time.monotonic()
     attributes = {**subject.place(2.0**recipe.level), "gigabrush": identity}

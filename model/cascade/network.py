@@ -7,6 +7,7 @@ hundred channels in channels-last run at a CPU's full rate, which depthwise ones
 not (docs/benchmarks.md).
 """
 
+import itertools
 import math
 
 import torch
@@ -127,7 +128,7 @@ class BlockNet(nn.Module):
             nn.ModuleList(ResidualBlock(width, config.embedding_width) for _ in range(depth))
             for width, depth in zip(widths[:-1], block.depths[:-1], strict=True)
         )
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.downs = nn.ModuleList(Conv(a, b, 2, stride=2) for a, b in pairs)
         self.ups = nn.ModuleList(Conv(b, 4 * a, 1) for a, b in pairs)
         self.head = Conv(widths[0], channels * inside, zero=True)
@@ -154,21 +155,25 @@ class BlockNet(nn.Module):
         x = F.pixel_unshuffle(seen, self.place).contiguous(memory_format=torch.channels_last)
         x = masked(self.stem(masked(x, masks[0])), masks[0])
         skips = []
-        for i, (blocks, down) in enumerate(zip(self.encoder, self.downs, strict=True)):
-            for block in blocks:
-                x = block(x, embedding, masks[i])
+        for i, (stage, down) in enumerate(zip(self.encoder, self.downs, strict=True)):
+            x = _through(stage, x, embedding, masks[i])
             skips.append(x)
             x = masked(down(x), masks[i + 1])
         x = x + self.context(parents, parents_present)
         if self.token is not None and tokens is not None:
             x = x + self.token(tokens)
         x = masked(x, masks[-1])
-        for block in self.coarsest:
-            x = block(x, embedding, masks[-1])
+        x = _through(self.coarsest, x, embedding, masks[-1])
         for i in reversed(range(len(skips))):
             x = masked(F.pixel_shuffle(self.ups[i](x), 2), masks[i]) + skips[i]
-            for block in self.decoder[i]:
-                x = block(x, embedding, masks[i])
+            x = _through(self.decoder[i], x, embedding, masks[i])
         x = F.silu(x)
         gains = F.interpolate(self.gain(x), scale_factor=float(self.place))
         return F.pixel_shuffle(self.head(x), self.place), gains
+
+
+def _through(stage: nn.Module, x: Tensor, embedding: Tensor, present: Tensor | None) -> Tensor:
+    """The residual blocks of one resolution."""
+    for block in stage.children():
+        x = block(x, embedding, present)
+    return x

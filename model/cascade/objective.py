@@ -88,7 +88,7 @@ class BlockObjective(nn.Module):
     def held_out(
         self, draw: TopDraw | BlockDraw, condition: Condition, seeds: Int64[Tensor, " b"]
     ) -> Float[Tensor, "snrs levels"]:
-        """The errors at fixed log-SNRs around the middle, under keyed noise, with clean parents."""
+        """The errors at fixed log-SNRs around the middle, under keyed noise and clean parents."""
         middle, count = self.block.middle(), len(draw.values)
         rows = [
             self.losses(draw, condition, seeds, draw.values.new_full((count,), middle + away))

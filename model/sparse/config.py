@@ -47,9 +47,9 @@ class SparseConfig:
     suffice.
     mollifier_sigma_px: deviation of the Gaussian that smooths data and noise; 0 for none.
     schedule, target, weight: see `model.schedule` and `model.targets`.
-    unet_*: sizes of diffusers' U-Net (`coarse.make_unet`); unet_self_attention: its coarsest resolutions attend to
-    themselves, and only its middle to the tokens; unet_dropout: rate at the resolutions that
-    attend (∞-Diff says where, not how much; 0.1 is Nichol and Dhariwal's).
+    unet_*: sizes of diffusers' U-Net (`coarse.make_unet`); unet_self_attention: its coarsest
+    resolutions attend to themselves, and only its middle to the tokens; unet_dropout: rate at the
+    resolutions that attend (∞-Diff says where, not how much; 0.1 is Nichol and Dhariwal's).
     """
 
     channels: int

@@ -1,0 +1,119 @@
+"""Cascades as configurations: sizes, changes by name, storage, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from fields import CONFIG
+
+from model.cascade.config import A, BlockConfig, CascadeConfig, TopConfig
+from model.cascade.denoiser import CascadeDenoiser
+from model.config import changed, config_from_dict, preset
+from model.design import CascadeDesign, Extent, UniformDesign, WindowsBelow
+from model.family import generated_level, make_denoiser, shares
+
+TINY = preset("tiny", channels=3, token_dim=1024)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 3.0), ("small", 33), ("brush", 450)])
+def test_presets_have_the_size_they_claim(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        config = preset(name, channels=3, token_dim=1024)
+        net = make_denoiser(config, config.octaves((0.1,) * 13, (0.1,) * 8))
+    assert isinstance(net, CascadeDenoiser)
+    count = sum(p.numel() for p in net.parameters()) / 1e6
+    assert abs(count / millions - 1) < 0.05, count
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "brush"])
+def test_presets_are_trained_on_the_published_draws(name: str) -> None:
+    """The packs do not depend on the size, so that all of them learn from the same ones."""
+    config = preset(name, channels=3, token_dim=8)
+    config.check_design(CascadeDesign())
+    assert CascadeDesign().num_values(Extent(4096, 4096)) <= 65_536
+    assert isinstance(config, CascadeConfig) and config.cell_px == 256
+    assert sum(shares(config).values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TINY, preset("brush", channels=4, token_dim=8)])
+def test_configurations_survive_json_and_unknown_keys_are_errors(config: CascadeConfig) -> None:
+    stored = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from_dict(stored) == config
+    with pytest.raises(ValueError, match="unknown keys \\['colour'\\]"):
+        config_from_dict({**stored, "colour": 1})
+    with pytest.raises(ValueError, match="joint pyramid's.*; pack and train again"):
+        config_from_dict({"channels": 3, "token_dim": 8, "lattice_patch": 2})
+    with pytest.raises(ValueError, match="choose one of tiny, small, brush"):
+        preset("huge", channels=3, token_dim=8)
+
+
+def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
+    found = changed(
+        TINY,
+        [
+            *("B.widths=64,112,160", "B.depths=1,1,3", "T.attention=softmax", "T.lookup=false"),
+            *("parents_noise=0.1", "C.evaluations=20"),
+        ],
+    )
+    assert isinstance(found, CascadeConfig) and isinstance(TINY, CascadeConfig)
+    top, a, b, c = found.sequence
+    assert isinstance(top, TopConfig) and isinstance(b, BlockConfig)
+    assert (b.widths, b.depths, c.evaluations) == ((64, 112, 160), (1, 1, 3), 20)
+    assert (top.attention, top.lookup, found.parents_noise) == ("softmax", False, 0.1)
+    # Nothing else.
+    assert a == A
+    assert changed(found, ["parents_noise=0.08"]) != TINY
+    back = [
+        *("B.widths=48,96,128", "B.depths=1,1,2", "T.attention=operator", "T.lookup=true"),
+        *("parents_noise=0.08", f"C.evaluations={TINY.blocks[2].evaluations}"),
+    ]
+    assert changed(found, back) == TINY
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("D.widths=8", "whose blocks are: T, A, B, C"),
+        ("B.colour=8", "changes no field of this preset; write NAME=VALUE with one of name, par"),
+        ("B.widths=8,x,8", "so it takes a value of that kind, not '8,x,8'"),
+        ("B.widths=8,16", "has 2 widths and 3 depths; give one of each"),
+        ("B.place=4", "the coarsest of 16 cells, but a parent has 8; make them equal"),
+        ("T.attention=lookup", "'lookup' does not exist; choose one of operator, softmax, none"),
+        ("T.heads=5", "a width of 64 does not divide into 5 heads"),
+        ("T.level=7", "takes parents of level 8, but the block before it generates level 7"),
+        ("B.name=A", "need different names"),
+        ("channels=4", "changes no field of this preset"),
+        ("parents_noise", "changes no field of this preset"),
+    ],
+)
+def test_what_is_no_cascade_is_a_sentence(change: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        changed(TINY, [change])
+
+
+def test_blocks_join_down_to_the_pixel() -> None:
+    assert [block.octaves for block in TINY.blocks] == [3, 3, 2]
+    assert [generated_level(TINY, level) for level in range(9)] == [0, 0, 2, 2, 2, 5, 5, 5, 5]
+    with pytest.raises(ValueError, match="from level 2 to 5, but a block goes from coarse"):
+        BlockConfig("A", 2, 5, 2, (8,), (1,))
+    with pytest.raises(ValueError, match="the last of a cascade ends at 0"):
+        CascadeConfig(channels=3, token_dim=8, blocks=(A,))
+    with pytest.raises(ValueError, match="blocks of this preset, whose|whose blocks are: none"):
+        changed(preset("patch", channels=3, token_dim=8), ["B.widths=8"])
+
+
+def test_draws_and_pictures_that_do_not_suit_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs --design cascade with windows 8x8 of level 8"):
+        TINY.check_design(UniformDesign())
+    other = CascadeDesign(
+        blocks=(WindowsBelow(5, 8, 4), WindowsBelow(2, 5, 8), WindowsBelow(0, 2, 32))
+    )
+    with pytest.raises(ValueError, match="pack again"):
+        TINY.check_design(other)
+    with pytest.raises(ValueError, match="packs made with --mollifier 0"):
+        TINY.check_design(CascadeDesign(), 1.0)
+    with pytest.raises(ValueError, match="knows nothing finer; leave --scale"):
+        TINY.check_painting(None, 256, 256, level=-1)
+    with pytest.raises(ValueError, match="leave --overlap out"):
+        TINY.check_painting(0.5, 256, 256, level=0)
