@@ -139,8 +139,8 @@ class Part:
         return self.finished or self.held_out_seconds <= HELD_OUT_PART * self.seconds / 2
 
     def held_out(self) -> dict[str, Any]:
-        """The averaged weights' error of F on held-out windows: rows by log-SNR, columns by level,
-        fine to coarse.
+        """The averaged weights' error of F on held-out windows, over cells that are valid: rows by
+        log-SNR, columns by level, fine to coarse. The best linear estimate has about 1.
         """
         assert self.held_out_batch is not None and isinstance(self.objective, BlockObjective)
         started = time.perf_counter()
@@ -151,6 +151,7 @@ class Part:
             torch._foreach_copy_(self._weights, self._averaged)
             with torch.autocast(self.ranks.device.type, torch.bfloat16, self.bf16):
                 errors = self.objective.held_out(batch.draw, batch.condition, batch.seeds)
+                errors = errors / valid_part(batch.draw)
             torch._foreach_copy_(self._weights, kept)
         self.held_out_seconds += time.perf_counter() - started
         self.held_out_error = float(errors.mean())
@@ -166,3 +167,9 @@ class Part:
         if self._source is not None:
             self._source.close()  # type: ignore[attr-defined]
             self._source = None
+
+
+def valid_part(draw: TopDraw | BlockDraw) -> float:
+    """Of the cells of a batch; losses count the others as right."""
+    weight = draw.present if isinstance(draw, TopDraw) else draw.weight
+    return max(float(weight.mean()), 1e-6)

@@ -124,12 +124,12 @@ def network_of_losses(
     log_snr: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """F as `losses` has it, which masks absent cells: taken where it leaves the network."""
-    taken: list[Tensor] = []
+    """What the network gives to `losses`, which masks absent cells: of F, and the gains."""
+    taken: list[tuple[Tensor, Tensor]] = []
     hook = body.net.register_forward_hook(lambda module, given, out: taken.append(out))
     body.losses(observed, observed, parents_of(draw), tokens, log_snr, weight)
     hook.remove()
-    return zero_mean(taken[0], body.block.octaves)
+    return torch.cat(taken[0], dim=1)
 
 
 @pytest.mark.parametrize("name", CONFIG.names)

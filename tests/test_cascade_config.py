@@ -16,7 +16,7 @@ from model.family import generated_level, make_denoiser, shares
 TINY = preset("tiny", channels=3, token_dim=1024)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("tiny", 3.0), ("small", 33), ("brush", 450)])
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 3.6), ("small", 33), ("brush", 450)])
 def test_presets_have_the_size_they_claim(name: str, millions: float) -> None:
     with torch.device("meta"):
         config = preset(name, channels=3, token_dim=1024)
@@ -42,7 +42,7 @@ def test_configurations_survive_json_and_unknown_keys_are_errors(config: Cascade
     assert config_from_dict(stored) == config
     with pytest.raises(ValueError, match="unknown keys \\['colour'\\]"):
         config_from_dict({**stored, "colour": 1})
-    with pytest.raises(ValueError, match="joint pyramid's.*; pack and train again"):
+    with pytest.raises(ValueError, match=r"joint pyramid's.*; pack and train again"):
         config_from_dict({"channels": 3, "token_dim": 8, "lattice_patch": 2})
     with pytest.raises(ValueError, match="choose one of tiny, small, brush"):
         preset("huge", channels=3, token_dim=8)
@@ -99,7 +99,7 @@ def test_blocks_join_down_to_the_pixel() -> None:
         BlockConfig("A", 2, 5, 2, (8,), (1,))
     with pytest.raises(ValueError, match="the last of a cascade ends at 0"):
         CascadeConfig(channels=3, token_dim=8, blocks=(A,))
-    with pytest.raises(ValueError, match="blocks of this preset, whose|whose blocks are: none"):
+    with pytest.raises(ValueError, match="whose blocks are: none"):
         changed(preset("patch", channels=3, token_dim=8), ["B.widths=8"])
 
 

@@ -8,6 +8,7 @@ from fields import CONFIG, area_means, paint64
 
 from jobs.painting import Recipe
 from model.cascade.painter import BlockPainter
+from model.cascade.range import ValueRange
 from model.editing import Known, KnownPixels, LowImage, start_from
 from model.family import make_passes
 from model.generate import ArrayField, Pass, start
@@ -15,7 +16,6 @@ from model.lattice import Box
 from model.noise import NoiseTree
 from model.noise_band import BandNoise
 
-SIZES = [(32, 32), (96, 160), (64, 32)]
 TOP, FINE = CONFIG.top.level, CONFIG.blocks[0].fine
 
 
@@ -33,9 +33,15 @@ def recipe_of(
     return Recipe(height, width, 3, seed=seed, guidance=1.0, solver=solver, level=level)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
-@pytest.mark.parametrize("solver", ["dpm++2m", "ancestral"])
+@pytest.mark.parametrize(
+    ("size", "guidance", "solver"),
+    [
+        ((96, 160), 1.5, "dpm++2m"),
+        ((96, 160), 1.0, "ancestral"),
+        ((32, 32), 1.0, "dpm++2m"),
+        ((64, 32), 1.5, "ancestral"),
+    ],
+)
 def test_any_tiling_of_every_block_gives_the_same_image(
     size: tuple[int, int], guidance: float, solver: str
 ) -> None:
@@ -60,12 +66,10 @@ def test_guidance_is_a_line_and_a_block_without_tokens_ignores_it() -> None:
         assert isinstance(painter, BlockPainter) and len(painter.given) == number
 
 
-@pytest.mark.parametrize("size", [(96, 160)])
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
-def test_a_preview_is_exactly_the_area_mean_of_the_image_of_its_seed(
-    size: tuple[int, int], level: int
-) -> None:
+def test_a_preview_is_exactly_the_area_mean_of_the_image_of_its_seed(level: int) -> None:
     """Whether a block ends at its level or its cells are means of a finer one's."""
+    size = (96, 160)
     image = paint64(passes_of(guidance=1.5), recipe_of(size))
     preview = paint64(passes_of(guidance=1.5, level=level, tile=24), recipe_of(size, level))
     np.testing.assert_allclose(preview, area_means(image, level), atol=1e-10, rtol=0)
@@ -169,3 +173,32 @@ def test_a_block_reads_its_parents_beside_the_noise_of_its_octaves() -> None:
         constraint.project(Box(FINE, 4, 0, 8, 8), torch.zeros(2, 8, 8).double())
     with pytest.raises(ValueError, match="a tile of 20 is not a multiple of a parent, 8 cells"):
         passes_of(tile=20)[1].prepare(above)
+
+
+def values_of(width: float) -> ValueRange:
+    """A range of so many deviations around the mean, in mixed bands."""
+    colour = torch.tensor([[1.0, 0.25], [0.25, 0.5]]).double()
+    edge = torch.full((6, 2), width).double()
+    return ValueRange(colour, torch.tensor([0.5, -0.5]).double(), -edge, edge)
+
+
+def test_a_range_of_values_keeps_means_and_tiles_and_leaves_alone_what_is_inside() -> None:
+    """Previews stay exact means, and estimates that no image contradicts stay as they are."""
+    net, given, size = fields.denoiser(), fields.condition(1), (96, 160)
+
+    def painted(values: ValueRange | None, tile: int = 1024, level: int = 0) -> np.ndarray:
+        passes = make_passes(
+            net, given, guidance=1.5, tile=tile, level=level, steps=3, values=values
+        )
+        return paint64(passes, recipe_of(size, level))
+
+    free, held = painted(None), painted(values_of(0.5))
+    np.testing.assert_allclose(painted(values_of(1e6)), free, atol=1e-8, rtol=0)
+    assert np.abs(free - held).max() > 0.1
+    np.testing.assert_allclose(painted(values_of(0.5), tile=24), held, atol=1e-10, rtol=0)
+    for level in (FINE, TOP):
+        preview = painted(values_of(0.5), level=level)
+        np.testing.assert_allclose(preview, area_means(held, level), atol=1e-10, rtol=0)
+    colour, mean = values_of(0.5).colour, values_of(0.5).mean
+    top = np.einsum("ij,jhw->ihw", colour, area_means(held, TOP)) + mean.numpy()[:, None, None]
+    assert np.abs(top).max() < 0.5 + 1e-9

@@ -433,7 +433,7 @@ def test_losses_and_held_out_errors_of_every_block(
     assert all(f">{name}<" in errors.read_text() for name in "TABC")
     page = " ".join(written.text().split())
     assert "1, the dashed line, is the linear (Wiener) estimate" in page
-    assert "on validation regions, always the same windows" in page
+    assert "on validation regions, over valid cells alone" in page
     last = {line.part: line for line in Progress.read(painted.run / "metrics.jsonl").held_out}
     open_well(browser, written.out / "index.html", 1280)
     browser.ask("document.querySelectorAll('details').forEach(each => each.open = true)")

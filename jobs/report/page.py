@@ -99,7 +99,7 @@ def _json(value: Any) -> str:
 def _log_snrs(material: Material) -> list[str]:
     """The noise levels of the table of held-out errors."""
     last = material.progress.last_held_out()
-    return [f"{value:+g}".replace("-", "−") for value in last[0].log_snrs] if last else []
+    return [f"{value:g}".replace("-", "−") for value in last[0].log_snrs] if last else []
 
 
 def _glance(material: Material, neighbours: dict[str, Neighbourhood]) -> facts.Facts:

@@ -249,6 +249,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_width": 512,
     },
 }
-"""`tiny` (3 million parameters) trains on two CPU cores, `small` has 33, `brush` the published
+"""`tiny` (3.6 million parameters) trains on two CPU cores, `small` has 33, `brush` the published
 450.
 """

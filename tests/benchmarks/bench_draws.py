@@ -88,7 +88,7 @@ def test_packing_a_region() -> None:
     for design in (UniformDesign(), MixedDesign(), SobolDesign()):
 
         def work(design=design) -> None:  # type: ignore[no-untyped-def]
-            levels.values(design, image, (0, 1, 2), 256)
+            levels.payload(design, image, (0, 1, 2), 256)
 
         rows.append((f"one draw, {_name(design)}", cost(work)))
     cascade, ours = CascadeLevels.of(pixels, valid, 8), CascadeDesign()
