@@ -21,6 +21,7 @@ from conditioning.tokens import fit, to_condition, with_labels
 from jobs.data import Batch, Batches
 from jobs.painting import Recipe, paint
 from jobs.run import Run, RunConfig
+from model.attention import Tokens
 from model.cascade.denoiser import CascadeBlock, CascadeDenoiser, OctaveBlock, Parents
 from model.cascade.objective import NOISE_STREAM, keyed_normals
 from model.draw import BlockDraw, Draw, PointDraw, TopDraw
@@ -85,8 +86,9 @@ def generated_windows(block: CascadeBlock, batch: Batch) -> Float[Tensor, "b c h
     def estimate(observed: Tensor, log_snr: float) -> Tensor:
         levels = observed.new_full((len(observed),), log_snr)
         if isinstance(body, OctaveBlock):
+            assert not isinstance(tokens, Tokens)
             return body(observed, parents, tokens, levels)
-        assert isinstance(draw, TopDraw) and tokens is not None
+        assert isinstance(draw, TopDraw) and isinstance(tokens, Tokens)
         return body(observed, draw.present, tokens, levels)
 
     solver, (first, last) = DPMSolverPP2M(), block.log_snr_range()

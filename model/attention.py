@@ -101,16 +101,13 @@ def fourier(
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-class TokenEncoder(nn.Module):
-    """Tokens -> features with position and footprint; a source's null where it is dropped or not
-    given.
+class TokenContent(nn.Module):
+    """What conditions say, without the places of tokens; a source's null where it is dropped or
+    not given.
 
     num_classes: how many labels there are; vector_dim: width of the global vector; 0 where there
     is no such source.
     """
-
-    POSITION_WIDTH = 16
-    POSITION_PERIOD_PX = 16_384.0
 
     def __init__(
         self, token_dim: int, width: int, num_classes: int = 0, vector_dim: int = 0
@@ -118,35 +115,22 @@ class TokenEncoder(nn.Module):
         super().__init__()
         self.null = nn.Parameter(torch.zeros(width))
         self.content = nn.Linear(token_dim, width)
-        self.place = nn.Linear(2 * self.POSITION_WIDTH + 1, width)
         # The last class is the null.
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.vector = GlobalVector(vector_dim, width) if vector_dim else None
 
-    def forward(
-        self, condition: Condition
-    ) -> tuple[Float[Tensor, "b _ w"], Float[Tensor, "b w gy gx"]]:
-        """Features of all tokens with their places, those without a place last, and of the finest
-        lattice without (its place is its index).
-        """
-        if condition.values.shape[-1] != self.content.in_features:
+    def features(
+        self, condition: Condition, values: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b n w"]:
+        """Of tokens of the condition, or of what lies between some."""
+        if values.shape[-1] != self.content.in_features:
             raise ValueError(
-                f"tokens of {condition.values.shape[-1]} numbers were given to a model that takes "
+                f"tokens of {values.shape[-1]} numbers were given to a model that takes "
                 f"{self.content.in_features}; embed with the encoder that it was trained with"
             )
-        keep = condition.keep[:, None, None]
-        content = torch.where(keep, self.content(condition.values), self.null)
-        places = fourier(condition.centres_px, self.POSITION_WIDTH, self.POSITION_PERIOD_PX)
-        scale = torch.log2(condition.footprints_px / 256.0)[..., None]
-        tokens = content + self.place(torch.cat([places.flatten(-2), scale], dim=-1))
-        gy, gx = condition.grid
-        lattice = content[:, : gy * gx].unflatten(1, (gy, gx)).permute(0, 3, 1, 2)
-        for feature in self._placeless(condition):
-            tokens = torch.cat([tokens, feature[:, None]], dim=1)
-            lattice = lattice + feature[:, :, None, None]
-        return tokens, lattice
+        return torch.where(condition.keep[:, None, None], self.content(values), self.null)
 
-    def _placeless(self, condition: Condition) -> list[Float[Tensor, "b w"]]:
+    def placeless(self, condition: Condition) -> list[Float[Tensor, "b w"]]:
         """The label's and the vector's features, as far as the model has them."""
         found = []
         labels, vector, batch = condition.labels, condition.vector, len(condition.values)
@@ -168,6 +152,55 @@ class TokenEncoder(nn.Module):
         else:
             found.append(self.vector(vector, condition.keep_vector, batch))
         return found
+
+
+class TokenEncoder(TokenContent):
+    """Tokens -> features with position and footprint."""
+
+    POSITION_WIDTH = 16
+    POSITION_PERIOD_PX = 16_384.0
+
+    def __init__(
+        self, token_dim: int, width: int, num_classes: int = 0, vector_dim: int = 0
+    ) -> None:
+        super().__init__(token_dim, width, num_classes, vector_dim)
+        self.place = nn.Linear(2 * self.POSITION_WIDTH + 1, width)
+
+    def forward(
+        self, condition: Condition
+    ) -> tuple[Float[Tensor, "b _ w"], Float[Tensor, "b w gy gx"]]:
+        """Features of all tokens with their places, those without a place last, and of the finest
+        lattice without (its place is its index).
+        """
+        content = self.features(condition, condition.values)
+        places = fourier(condition.centres_px, self.POSITION_WIDTH, self.POSITION_PERIOD_PX)
+        scale = torch.log2(condition.footprints_px / 256.0)[..., None]
+        tokens = content + self.place(torch.cat([places.flatten(-2), scale], dim=-1))
+        gy, gx = condition.grid
+        lattice = content[:, : gy * gx].unflatten(1, (gy, gx)).permute(0, 3, 1, 2)
+        for feature in self.placeless(condition):
+            tokens = torch.cat([tokens, feature[:, None]], dim=1)
+            lattice = lattice + feature[:, :, None, None]
+        return tokens, lattice
+
+
+class TokenLookup(TokenContent):
+    """Features of the finest token lattice where it is looked up, and nowhere else: the cost does
+    not grow with the number of tokens.
+    """
+
+    def forward(
+        self, condition: Condition, y_px: Float[Tensor, "b h"], x_px: Float[Tensor, "b w"]
+    ) -> Float[Tensor, "b t h w"]:
+        """At cells with these centres; bilinear, constant beyond the lattice's rim."""
+        gy, gx = condition.grid
+        lattice = condition.values[:, : gy * gx].unflatten(1, (gy, gx)).permute(0, 3, 1, 2)
+        first, pitch = condition.centres_px[:, 0], condition.footprints_px[:, 0]
+        values = look_up(lattice, first, pitch, y_px, x_px)
+        found = self.features(condition, values.flatten(1, 2)).unflatten(1, values.shape[1:3])
+        for feature in self.placeless(condition):
+            found = found + feature[:, None, None]
+        return found.permute(0, 3, 1, 2)
 
 
 class GlobalVector(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from fields import block_of, condition, denoiser
 from torch import Tensor
 
-from model.attention import Condition, Source, TokenEncoder, look_up
+from model.attention import Condition, TokenEncoder, TokenLookup, look_up
 
 KEEPS: dict[Source, str] = {"tokens": "keep", "label": "keep_label", "vector": "keep_vector"}
 
@@ -66,7 +66,7 @@ def test_look_up_is_constant_beyond_the_rim_and_with_one_token() -> None:
 
 
 def test_a_dropped_condition_keeps_places_and_forgets_content() -> None:
-    block, given = block_of(denoiser(), "A"), condition(2)
+    block, given = block_of(denoiser(), "T"), condition(2)
     other = dataclasses.replace(given, values=given.values + 3.0)
     dropped, dropped_other = block.encode(given.dropped()), block.encode(other.dropped())
     kept, kept_other = block.encode(given), block.encode(other)
@@ -75,6 +75,24 @@ def test_a_dropped_condition_keeps_places_and_forgets_content() -> None:
     assert torch.equal(dropped.lattice, dropped_other.lattice)
     assert not torch.allclose(kept.attended, kept_other.attended)
     assert not torch.allclose(dropped.attended[0, 0], dropped.attended[0, 1])
+
+
+def test_tokens_encoded_where_they_are_looked_up_are_encoded_tokens_looked_up() -> None:
+    """Interpolation and encoding are linear, so that a lookup need not encode all tokens."""
+    torch.manual_seed(0)
+    lookup, encoder = TokenLookup(6, 5, 3).double(), TokenEncoder(6, 5, 3).double()
+    encoder.load_state_dict({**encoder.state_dict(), **lookup.state_dict()})
+    given = dataclasses.replace(
+        condition(2),
+        keep=torch.tensor([True, False]),
+        labels=torch.tensor([2, 1]),
+        keep_label=torch.tensor([True, True]),
+    )
+    y_px, x_px = (torch.rand(2, n, dtype=torch.float64) * 120 - 20 for n in (4, 7))
+    _, lattice = encoder(given)
+    first, pitch = given.centres_px[:, 0], given.footprints_px[:, 0]
+    expected = look_up(lattice, first, pitch, y_px, x_px).permute(0, 3, 1, 2)
+    torch.testing.assert_close(lookup(given, y_px, x_px), expected)
 
 
 def test_the_order_of_attended_tokens_does_not_matter() -> None:

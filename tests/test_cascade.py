@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.attention import Tokens
 from model.cascade.config import BlockConfig
-from model.cascade.denoiser import CascadeDenoiser, OctaveBlock, Parents
+from model.cascade.denoiser import CascadeDenoiser, LookedUp, OctaveBlock, Parents
 from model.cascade.top import TopDenoiser
 from model.draw import BlockDraw
 from model.haar import details, means, up, zero_mean
@@ -40,8 +40,10 @@ def parents_of(draw: BlockDraw) -> Parents:
     return Parents(draw.parents, draw.parents_present, draw.y_px, draw.x_px)
 
 
-def tokens_of(net: CascadeDenoiser, name: str, batch: int = 1) -> Tokens | None:
-    return block_of(net, name).encode(condition(batch, (4, 4)))
+def tokens_of(net: CascadeDenoiser, name: str, batch: int = 1) -> LookedUp | None:
+    tokens = block_of(net, name).encode(condition(batch, (4, 4)))
+    assert not isinstance(tokens, Tokens)
+    return tokens
 
 
 def image_of(block: BlockConfig, parents: tuple[int, int], batch: int = 1) -> Tensor:
@@ -120,7 +122,7 @@ def network_of_losses(
     body: OctaveBlock,
     observed: Tensor,
     draw: BlockDraw,
-    tokens: Tokens | None,
+    tokens: LookedUp | None,
     log_snr: Tensor,
     weight: Tensor,
 ) -> Tensor:

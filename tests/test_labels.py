@@ -75,8 +75,8 @@ def test_packs_know_the_class_of_every_region(
 
 
 def test_batches_name_the_class_of_each_region_and_change_in_nothing_else(chain: Chain) -> None:
-    plain = Batches(PackSet.open(chain.packs), batch=8, seed=2)
-    with_two = Batches(two_classes(chain, "stroma", None, "tumour"), batch=8, seed=2)
+    plain = Batches(PackSet.open(chain.packs), batch=8, seed=2, part=3)
+    with_two = Batches(two_classes(chain, "stroma", None, "tumour"), batch=8, seed=2, part=3)
     for step in range(3):
         batch, bare = with_two.at(step), plain.at(step)
         for name in ("draw", "seeds", "uniform"):
@@ -97,7 +97,7 @@ def test_labels_are_dropped_on_their_own_and_in_half_of_the_samples_without_toke
     except where a region has no label.
     """
     packs = two_classes(chain, "stroma", "tumour")
-    batches = Batches(packs, batch=60, seed=2, condition_dropout=0.2)
+    batches = Batches(packs, batch=60, seed=2, condition_dropout=0.2, part=0)
     conditions = [batches.at(step).condition for step in range(10)]
     keep, keep_label = (
         torch.cat([getattr(c, name) for c in conditions]) for name in ("keep", "keep_label")
@@ -109,7 +109,7 @@ def test_labels_are_dropped_on_their_own_and_in_half_of_the_samples_without_toke
 
     def always(*labels: str | None) -> Condition:
         given = two_classes(chain, *labels)
-        return Batches(given, batch=60, seed=2, condition_dropout=0.0).at(0).condition
+        return Batches(given, batch=60, seed=2, condition_dropout=0.0, part=0).at(0).condition
 
     both, half = always("stroma", "tumour"), always(None, "tumour")
     assert both.labels is not None and both.keep_label is not None and both.keep_label.all()
@@ -118,7 +118,7 @@ def test_labels_are_dropped_on_their_own_and_in_half_of_the_samples_without_toke
 
 
 def test_a_class_that_was_not_trained_is_none(chain: Chain) -> None:
-    given = Batches(PackSet.open(chain.packs), batch=4, seed=0).at(0).condition
+    given = Batches(PackSet.open(chain.packs), batch=4, seed=0, part=0).at(0).condition
     names = ["tumour", "fat", None, "stroma"]
     made = with_labels(given, ("stroma", "tumour"), names, [True, True, True, False])
     assert made.labels is not None and made.keep_label is not None

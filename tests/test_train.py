@@ -145,7 +145,8 @@ def test_two_lanes_train_what_one_trains(chain: Chain, undisturbed: Path, tmp_pa
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert jobs.train.main(train_arguments(chain, folder, STEPS, *EXACT)) == 0
+        arguments = train_arguments(chain, folder, STEPS, *EXACT, "--save-every", "99")
+        assert jobs.train.main(arguments) == 0
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -163,7 +164,8 @@ def test_two_lanes_train_what_one_trains(chain: Chain, undisturbed: Path, tmp_pa
 def test_two_ranks_see_what_one_rank_sees(chain: Chain, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank"]
-    run("jobs.train", train_arguments(chain, folder, STEPS, *EXACT), [*launcher, "--module"])
+    arguments = train_arguments(chain, folder, STEPS, *EXACT, "--save-every", "99")
+    run("jobs.train", arguments, [*launcher, "--module"])
     pairs = zip(metrics(folder), metrics(undisturbed), strict=True)
     for found, expected in pairs:
         losses, wanted = found.pop("level_losses"), expected.pop("level_losses")
@@ -268,7 +270,8 @@ def test_a_limit_of_time_counts_training_alone(
 ) -> None:
     """Not previews and checkpoints; each block has its share; and the learning rate knows it."""
     folder, seconds = tmp_path / "run", 2.0
-    arguments = train_arguments(chain, folder, 100_000, "--max-minutes", str(seconds / 60))
+    often = ["--save-every", "25", "--max-minutes"]
+    arguments = train_arguments(chain, folder, 100_000, *often, str(seconds / 60))
     assert jobs.train.main(arguments) == 0
     parts = state(folder)["parts"]
     assert isinstance(parts, dict)
@@ -283,7 +286,7 @@ def test_a_limit_of_time_counts_training_alone(
     capsys.readouterr()
     assert jobs.train.main(arguments) == 0
     assert "already done" in capsys.readouterr().out
-    longer = train_arguments(chain, folder, 100_000, "--max-minutes", str(2 * seconds / 60))
+    longer = train_arguments(chain, folder, 100_000, *often, str(2 * seconds / 60))
     assert jobs.train.main(longer) == 0
     assert "resuming at step" in capsys.readouterr().out
     after = state(folder)["parts"]

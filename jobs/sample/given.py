@@ -21,6 +21,7 @@ from torch import Tensor
 from jobs.run import RunConfig
 from jobs.sample.options import Sample
 from model.editing import Edit, Known, KnownPixels, LowImage
+from model.family import generated_level
 from model.generate import padded
 from model.lattice import Box, at_level
 from model.sparse.config import SparseConfig
@@ -162,6 +163,11 @@ def find_given(options: Sample, config: RunConfig, level: int) -> Given | None:
             f"{path} has pixels of {image.spacing:g} {image.unit}, but pixels of {painted:g} are "
             "painted, of which some are to be known; name an image at that resolution, or change "
             "--scale"
+        )
+    if generated_level(denoiser, level) < level:
+        raise ValueError(
+            f"--scale {options.scale:g} of this run is the area mean of finer pixels, of which "
+            "--known says nothing; leave --scale at 1 and reduce the image"
         )
     assert options.mask is not None
     mask = _mask(options.mask, image)

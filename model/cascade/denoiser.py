@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from model.attention import Condition, TokenEncoder, Tokens
+from model.attention import Condition, TokenEncoder, TokenLookup, Tokens
 from model.cascade.config import BlockConfig, CascadeConfig
 from model.cascade.network import BlockNet
 from model.cascade.top import TopDenoiser
@@ -46,6 +46,28 @@ class Parents:
     x_px: Float[Tensor, "b w"]
 
 
+@dataclass(frozen=True)
+class Told:
+    """What parents tell of the fine cells: up(u_g), and I(u_g)."""
+
+    means: Float[Tensor, "b c hk wk"]
+    smooth: Float[Tensor, "b c hk wk"]
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """A condition whose tokens are encoded where they are looked up."""
+
+    encoder: TokenLookup
+    condition: Condition
+
+    def at(
+        self, y_px: Float[Tensor, "b h"], x_px: Float[Tensor, "b w"]
+    ) -> Float[Tensor, "b t h w"]:
+        """Features at cells with these centres."""
+        return self.encoder(self.condition, y_px, x_px)
+
+
 class OctaveBlock(nn.Module):
     """x0_hat of a block's details from y, its parents, tokens and the log-SNR."""
 
@@ -58,9 +80,15 @@ class OctaveBlock(nn.Module):
         self.scale = sum(signal for signal, _ in self.variances) ** -0.5
         self.net = BlockNet(config, block)
 
+    def told(self, parents: Parents) -> Told:
+        """What these parents tell, for all evaluations under them."""
+        means = up(self.inner(parents.values), self.block.octaves)
+        return Told(means, self.predicted(parents))
+
     def base(self, parents: Parents) -> Float[Tensor, "b c hk wk"]:
-        """up(u_g) + I(u_g): what the parents tell of the fine cells."""
-        return up(self.inner(parents.values), self.block.octaves) + self.predicted(parents)
+        """up(u_g) + I(u_g)."""
+        told = self.told(parents)
+        return told.means + told.smooth
 
     def inner(self, values: Float[Tensor, "b c hp wp"]) -> Float[Tensor, "b c h w"]:
         """Without the margin."""
@@ -75,28 +103,31 @@ class OctaveBlock(nn.Module):
         self,
         observed: Float[Tensor, "b c hk wk"],
         parents: Parents,
-        tokens: Tokens | None,
+        tokens: LookedUp | None,
         log_snr: Float[Tensor, " b"],
+        told: Told | None = None,
     ) -> Float[Tensor, "b c hk wk"]:
-        """x0_hat: zero mean in every parent cell."""
-        seen = _Seen(self, observed, log_snr)
-        return seen.known + seen.corrected(self.correction(seen, parents, tokens, log_snr, None))
+        """x0_hat: zero mean in every parent cell. told: by the parents, where the caller knows."""
+        seen, told = _Seen(self, observed, log_snr), told or self.told(parents)
+        out = self.correction(seen, parents, told, tokens, log_snr, None)
+        return seen.known + seen.corrected(out)
 
     def losses(
         self,
         truth: Float[Tensor, "b c hk wk"],
         observed: Float[Tensor, "b c hk wk"],
         parents: Parents,
-        tokens: Tokens | None,
+        tokens: LookedUp | None,
         log_snr: Float[Tensor, " b"],
         weight: Float[Tensor, "b 1 h w"],
+        told: Told | None = None,
     ) -> Float[Tensor, " octaves"]:
         """Mean squared error of F in every octave, coarse to fine, over the fine cells of parents,
         each with its weight.
         """
         seen, present = _Seen(self, observed, log_snr), self.inner(parents.present)
-        every = bool(present.all())
-        out = self.correction(seen, parents, tokens, log_snr, None if every else present)
+        told, absent = told or self.told(parents), None if bool(present.all()) else present
+        out = self.correction(seen, parents, told, tokens, log_snr, absent)
         n, losses = self.block.octaves, []
         pairs = zip(details(out, n), seen.targets(truth), strict=True)
         cells = up(weight * present, n)
@@ -108,26 +139,22 @@ class OctaveBlock(nn.Module):
         self,
         seen: "_Seen",
         parents: Parents,
-        tokens: Tokens | None,
+        told: Told,
+        tokens: LookedUp | None,
         log_snr: Float[Tensor, " b"],
         present: Float[Tensor, "b 1 h w"] | None,
     ) -> Float[Tensor, "b c hk wk"]:
         """F of all octaves together."""
-        n, smooth = self.block.octaves, self.predicted(parents)
-        guess = up(self.inner(parents.values), n) + smooth + seen.known
-        looked_up = None
-        if self.block.tokens and tokens is not None:
-            index = torch.arange(len(guess), device=guess.device)
-            looked_up = tokens.at(index, parents.y_px, parents.x_px).permute(0, 3, 1, 2)
+        guess = told.means + told.smooth + seen.known
         out, gains = self.net(
-            torch.cat([seen.scaled, guess, smooth * self.scale], dim=1),
+            torch.cat([seen.scaled, guess, told.smooth * self.scale], dim=1),
             parents.values,
             parents.present,
-            looked_up,
+            None if tokens is None else tokens.at(parents.y_px, parents.x_px),
             log_snr + sum(self.offsets) / len(self.offsets),
             present,
         )
-        return zero_mean(seen.weighted(gains.to(guess)) + out.to(guess), n)
+        return zero_mean(seen.weighted(gains.to(guess)) + out.to(guess), self.block.octaves)
 
 
 class _Seen:
@@ -176,18 +203,19 @@ class CascadeBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.body = body
-        self.tokens: TokenEncoder | None = None
+        self.tokens: TokenEncoder | TokenLookup | None = None
         if reads_tokens:
-            self.tokens = TokenEncoder(
+            kind = TokenEncoder if isinstance(body, TopDenoiser) else TokenLookup
+            self.tokens = kind(
                 config.token_dim, config.token_width, config.classes, config.vector_dim
             )
 
-    def encode(self, condition: Condition) -> Tokens | None:
-        """Tokens once for a whole trajectory; None where the block reads none."""
-        if self.tokens is None:
-            return None
-        attended, lattice = self.tokens(condition)
-        return Tokens(attended, lattice, condition)
+    def encode(self, condition: Condition) -> Tokens | LookedUp | None:
+        """What the block reads of a condition; None where it reads nothing."""
+        if isinstance(self.tokens, TokenEncoder):
+            attended, lattice = self.tokens(condition)
+            return Tokens(attended, lattice, condition)
+        return None if self.tokens is None else LookedUp(self.tokens, condition)
 
     def log_snr_range(self) -> tuple[float, float]:
         """From drowned in the easiest octave to clean in the hardest."""

@@ -45,7 +45,8 @@ class Conv(nn.Module):
 
 def normalised(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Divided by the root mean square over the channels of each place."""
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + _NORM_EPS)
+    last = x.permute(0, 2, 3, 1)
+    return F.rms_norm(last, last.shape[-1:], eps=_NORM_EPS).permute(0, 3, 1, 2)
 
 
 def masked(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from model.attention import Condition
+from model.attention import Condition, Tokens
 from model.cascade.denoiser import CascadeBlock, CascadeDenoiser, OctaveBlock, Parents
 from model.cascade.top import TopDenoiser
 from model.draw import BlockDraw, TopDraw
@@ -74,15 +74,18 @@ class BlockObjective(nn.Module):
         sigma = torch.exp(-log_snr / 2)[:, None, None, None]
         noise = keyed_normals(seeds, NOISE_STREAM, draw.values.shape[1:]).to(draw.values)
         if isinstance(body, TopDenoiser):
-            assert isinstance(draw, TopDraw) and tokens is not None
+            assert isinstance(draw, TopDraw) and isinstance(tokens, Tokens)
             observed = draw.values + sigma * noise * 2.0**-body.level
             return body.loss(draw.values, observed, draw.present, tokens, log_snr)
         assert isinstance(body, OctaveBlock) and isinstance(draw, BlockDraw)
+        assert not isinstance(tokens, Tokens)
         n = body.block.octaves
         parents = Parents(draw.parents, draw.parents_present, draw.y_px, draw.x_px)
-        truth = zero_mean(draw.values, n) - body.predicted(parents)
+        told = body.told(parents)
+        truth = zero_mean(draw.values, n) - told.smooth
         observed = truth + sigma * zero_mean(noise, n) * 2.0**-body.block.fine
-        return body.losses(truth, observed, parents, tokens, log_snr, draw.weight).flip(0)
+        losses = body.losses(truth, observed, parents, tokens, log_snr, draw.weight, told)
+        return losses.flip(0)
 
     @torch.no_grad()
     def held_out(

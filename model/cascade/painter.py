@@ -16,7 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.attention import Condition, Tokens
-from model.cascade.denoiser import CascadeBlock, CascadeDenoiser, OctaveBlock, Parents
+from model.cascade.denoiser import (
+    CascadeBlock,
+    CascadeDenoiser,
+    LookedUp,
+    OctaveBlock,
+    Parents,
+)
 from model.cascade.range import ValueRange
 from model.cascade.top import TopDenoiser
 from model.generate import Constraint, Estimator, Field, Pass
@@ -67,7 +73,11 @@ def cascade_passes(
     return found
 
 
-def sides(block: CascadeBlock, condition: Condition, guidance: float) -> tuple[Tokens | None, ...]:
+Given = Tokens | LookedUp | None
+"""A condition as a block reads it."""
+
+
+def sides(block: CascadeBlock, condition: Condition, guidance: float) -> tuple[Given, ...]:
     """The encoded conditions under which a block is evaluated: with guidance the null and the
     condition, otherwise the condition alone.
     """
@@ -90,7 +100,7 @@ def _whole(painter: "TopPainter", above: Field | None) -> tuple[Estimator, Const
 
 def _below(
     body: OctaveBlock,
-    given: tuple[Tokens | None, ...],
+    given: tuple[Given, ...],
     guidance: float,
     tile: int,
     values: ValueRange | None,
@@ -106,7 +116,7 @@ class TopPainter:
     """The top block under one or two conditions."""
 
     body: TopDenoiser
-    given: tuple[Tokens | None, ...]
+    given: tuple[Given, ...]
     guidance: float
     values: ValueRange | None = None
 
@@ -124,7 +134,7 @@ class TopPainter:
         found = [
             self.body(observed, present, tokens, level)
             for tokens in self.given
-            if tokens is not None
+            if isinstance(tokens, Tokens)
         ]
         x0 = guided(found, self.guidance)
         if self.values is not None:
@@ -188,7 +198,7 @@ class BlockPainter:
     """
 
     under: Under
-    given: tuple[Tokens | None, ...]
+    given: tuple[Given, ...]
     guidance: float
     tile: int
     values: ValueRange | None = None
@@ -213,9 +223,14 @@ class BlockPainter:
             cells = wide.refine(block.fine)
             u = field.read(cells).to(like)
             parents = self.under.around(wide, like)
-            base = body.base(parents)
+            told = body.told(parents)
+            base = told.means + told.smooth
             observed = u / _alpha(log_snr) - base
-            found = [body(observed, parents, tokens, level) for tokens in self.given]
+            found = [
+                body(observed, parents, tokens, level, told)
+                for tokens in self.given
+                if not isinstance(tokens, Tokens)
+            ]
             ys, xs = box.slices_in(cells)
             x0 = (base + guided(found, self.guidance))[:, :, ys, xs]
             if self.values is not None:
