@@ -8,7 +8,7 @@ import torch
 from fields import block_of, condition, denoiser
 from torch import Tensor
 
-from model.attention import Condition, TokenEncoder, TokenLookup, look_up
+from model.attention import Condition, Source, TokenEncoder, TokenLookup, look_up
 
 KEEPS: dict[Source, str] = {"tokens": "keep", "label": "keep_label", "vector": "keep_vector"}
 
