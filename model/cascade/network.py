@@ -26,15 +26,29 @@ _NORM_EPS = 1e-3
 class Conv(nn.Module):
     """A convolution whose kernel is stored as the matrix (out, side * side * in), as Muon takes
     it; `zero` starts it at zero.
+
+    centred: it starts as a convolution of side 1. Taps that never meet a neighbour in training,
+    as those of large cells in small regions, then stay zero, and larger images are not disturbed.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, side: int = 3, *, stride: int = 1, zero: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        side: int = 3,
+        *,
+        stride: int = 1,
+        zero: bool = False,
+        centred: bool = False,
     ) -> None:
         super().__init__()
         self.side, self.stride = side, stride
-        bound = 0.0 if zero else 1.0 / math.sqrt(inputs * side**2)
-        self.weight = nn.Parameter(torch.empty(outputs, inputs * side**2).uniform_(-bound, bound))
+        met = inputs * (1 if centred else side**2)
+        bound = 0.0 if zero else 1.0 / math.sqrt(met)
+        kernel = torch.zeros(outputs, side, side, inputs)
+        part = kernel[:, side // 2, side // 2] if centred else kernel
+        part.uniform_(-bound, bound)
+        self.weight = nn.Parameter(kernel.flatten(1))
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
@@ -61,9 +75,9 @@ class ResidualBlock(nn.Module):
     2 places.
     """
 
-    def __init__(self, width: int, embedding_width: int) -> None:
+    def __init__(self, width: int, embedding_width: int, *, centred: bool = False) -> None:
         super().__init__()
-        self.first = Conv(width, width)
+        self.first = Conv(width, width, centred=centred)
         self.second = Conv(width, width, zero=True)
         self.film = nn.Linear(embedding_width, 2 * width)
         nn.init.zeros_(self.film.weight)
@@ -86,9 +100,9 @@ class ContextNet(nn.Module):
 
     def __init__(self, channels: int, hidden: int, width: int, margin: int) -> None:
         super().__init__()
-        self.first = Conv(channels + 1, hidden)
-        self.middle = nn.ModuleList(Conv(hidden, hidden) for _ in range(margin - 2))
-        self.last = Conv(hidden, width)
+        self.first = Conv(channels + 1, hidden, centred=True)
+        self.middle = nn.ModuleList(Conv(hidden, hidden, centred=True) for _ in range(margin - 2))
+        self.last = Conv(hidden, width, centred=True)
         self.margin = margin
 
     def forward(
@@ -121,8 +135,11 @@ class BlockNet(nn.Module):
         self.token = Conv(config.token_width, widths[-1], 1) if block.tokens else None
         self.embedding = LevelEmbedding(config.embedding_width, EMBEDDED)
         stages = [
-            nn.ModuleList(ResidualBlock(width, config.embedding_width) for _ in range(depth))
-            for width, depth in zip(widths, block.depths, strict=True)
+            nn.ModuleList(
+                ResidualBlock(width, config.embedding_width, centred=i == len(widths) - 1)
+                for _ in range(depth)
+            )
+            for i, (width, depth) in enumerate(zip(widths, block.depths, strict=True))
         ]
         self.encoder, self.coarsest = nn.ModuleList(stages[:-1]), stages[-1]
         self.decoder = nn.ModuleList(

@@ -33,11 +33,12 @@ class TopNet(nn.Module):
         super().__init__()
         top = config.top
         self.level = top.level
-        self.stem = Conv(2 * config.channels + 1, top.width)
+        self.stem = Conv(2 * config.channels + 1, top.width, centred=True)
         self.token = Conv(config.token_width, top.width, 1) if top.lookup else None
         self.embedding = LevelEmbedding(config.embedding_width, EMBEDDED)
         self.blocks = nn.ModuleList(
-            ResidualBlock(top.width, config.embedding_width) for _ in range(top.depth)
+            ResidualBlock(top.width, config.embedding_width, centred=True)
+            for _ in range(top.depth)
         )
         self.attention = nn.ModuleList(
             make_point_attention(
