@@ -258,8 +258,7 @@ def sample_command(material: Material, painting: Painting) -> str:
     for name in ("steps", "seed", "guidance", "solver", "eta", "overlap"):
         if name in recipe:
             arguments += [f"--{name}", str(recipe[name])]
-    if "bf16" in recipe:
-        arguments += ["--precision", "bf16" if recipe["bf16"] else "fp32"]
+    arguments += ["--precision", "bf16" if recipe.get("bf16") else "fp32"]
     given = identity.get("given") or {}
     for name in ("low", "known", "mask"):
         if name in given:
