@@ -59,6 +59,22 @@ def _reflected(count: int, first_px: float, footprint_px: int, extent_px: int) -
     return [there_and_back[i % len(there_and_back)] for i in range(wanted)]
 
 
+def around(lattice: TokenLattice, corner_px: tuple[int, int], side_px: int) -> TokenLattice:
+    """The part of a lattice that bilinear lookups inside a square of pixels need, at its own
+    place; of one size wherever the square lies, also outside.
+    """
+    pitch, wanted = lattice.footprint_px, math.ceil(side_px / lattice.footprint_px) + 2
+    starts = []
+    for count, first, corner in zip(
+        lattice.values.shape[:2], (lattice.y_px, lattice.x_px), corner_px, strict=True
+    ):
+        before = math.floor((corner - first) / pitch)
+        starts.append(min(max(before, 0), max(count - wanted, 0)))
+    (i, j), values = starts, lattice.values
+    part = values[i : i + wanted, j : j + wanted]
+    return TokenLattice(part, pitch, lattice.y_px + i * pitch, lattice.x_px + j * pitch)
+
+
 def within(lattices: Sequence[TokenLattice], view: Box) -> list[TokenLattice]:
     """The tokens whose centres lie in a box of pixels, their places counted from its corner."""
     cut = []

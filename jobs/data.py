@@ -17,7 +17,14 @@ import torch
 from jaxtyping import Float, Int64, UInt16
 from torch import Tensor
 
-from conditioning.tokens import TokenScale, dihedral, to_condition, with_labels, within
+from conditioning.tokens import (
+    TokenScale,
+    around,
+    dihedral,
+    to_condition,
+    with_labels,
+    within,
+)
 from model.attention import Condition
 from model.design import PatchDesign
 from model.draw import BlockDraw, Draw, PatchDraw, PointDraw, TopDraw
@@ -119,7 +126,7 @@ class Batches:
     classifier-free guidance; a label is dropped as often on its own, and in half of the samples
     whose tokens are, so that guidance knows images without either. augment: whether samples are
     turned and mirrored. part: of a cascade, 0 for its top block, k for its k-th block of octaves;
-    None where draws are whole.
+    None where draws are whole. tokens: whether the part reads any.
     """
 
     packs: PackSet
@@ -129,6 +136,7 @@ class Batches:
     augment: bool = True
     split: str = "train"
     part: int | None = None
+    tokens: bool = True
 
     def __post_init__(self) -> None:
         if not self._entries:
@@ -194,7 +202,21 @@ class Batches:
         else:
             pack, window = divmod(place, self._windows)
             drawn = packs.window(entry, pack, self.part - 1, window)
-        return Sample(drawn, packs.tokens(entry), entry.label)
+        return Sample(drawn, self._tokens_of(entry, drawn), entry.label)
+
+    def _tokens_of(self, entry: RegionEntry, drawn: Drawn) -> list[TokenLattice]:
+        """Those that condition a draw. A window is told of the finest around it alone, whose
+        number does not grow with the region; a part that reads none is given one empty token.
+        """
+        if not self.tokens:
+            dim, pitch = len(self.packs.statistics.token_mean), self.packs.settings.lattices[0][0]
+            return [TokenLattice(np.zeros((1, 1, dim), np.float16), pitch, pitch / 2, pitch / 2)]
+        tokens = self.packs.tokens(entry)
+        if not isinstance(drawn, DrawnWindow):
+            return tokens
+        first_px = drawn.origin << drawn.block.parents
+        side_px = max(drawn.weight.shape) << drawn.block.parents
+        return [around(tokens[0], (int(first_px[0]), int(first_px[1])), side_px)]
 
     @cached_property
     def _windows(self) -> int:
@@ -263,6 +285,12 @@ class Batches:
         pixels = fixed.astype(np.float32) / self.packs.settings.value_scale
         values = self.packs.statistics.standardise(pixels) * present
         return torch.from_numpy(values), torch.from_numpy(present)
+
+
+def held_out_split(packs: PackSet) -> str:
+    """The split on which training is judged: one that is not trained on, if there is any."""
+    splits = {entry.split for entry in packs.regions}
+    return next(name for name in ("val", "test", "train") if name in splits)
 
 
 def _channels_first(values: Tensor) -> Tensor:

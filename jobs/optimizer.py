@@ -14,8 +14,8 @@ from torch import nn
 OptimizerName = Literal["muon", "adamw"]
 BETAS = (0.9, 0.99)
 LEAST_MATRIX = 2048
-"""Smaller matrices are left to AdamW, and so are those named here: first and last layers, and what
-modulates features."""
+"""Smaller matrices are left to AdamW, and so are those named here: last layers, and what modulates
+features."""
 NO_MATRICES = ("head", "gain", "film", "embedding", "label")
 
 

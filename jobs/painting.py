@@ -196,7 +196,7 @@ class _State:
         if file is not None and file.is_file():
             state = json.loads(file.read_text())
             if state["recipe"] == recipe.to_json():
-                self.passes, self.seconds = state["passes"], float(state["seconds"])
+                self.passes, self.seconds = state.get("passes", {}), float(state["seconds"])
 
     def done(self, name: str) -> int:
         """Steps of a pass that were finished."""

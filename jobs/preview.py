@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from conditioning.tokens import fit, to_condition, with_labels
-from jobs.data import Batch, Batches
+from jobs.data import Batch, Batches, held_out_split
 from jobs.painting import Recipe, paint
 from jobs.run import Run, RunConfig
 from model.attention import Tokens
@@ -53,9 +53,7 @@ def _blocks(
     denoiser: CascadeDenoiser, config: RunConfig, packs: PackSet, device: torch.device
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Pairs of real and generated windows, a row a block."""
-    splits = {entry.split for entry in packs.regions}
-    split = next(name for name in ("val", "test", "train") if name in splits)
-    rows = []
+    split, rows = held_out_split(packs), []
     for part, block in enumerate(denoiser.blocks.values()):
         assert isinstance(block, CascadeBlock)
         batches = Batches(packs, PAIRS, 0, 0.0, augment=False, split=split, part=part)

@@ -23,7 +23,7 @@ from jobs.run import Run, RunConfig, SupersededError, trained_parts
 from jobs.trainer import Trainer, Training, goals_of, num_lanes
 from model.cascade.config import CascadeConfig
 from model.config import DenoiserConfig, SparseConfig, changed, preset
-from model.family import Denoiser, make_denoiser, shares
+from model.family import WHOLE, Denoiser, make_denoiser, shares
 from pipeline import console
 from pipeline.packfile import PackSet
 
@@ -146,6 +146,10 @@ def make_training(options: Train, denoiser: DenoiserConfig) -> Training:
             f"Muon moves whole matrices, which --zero {options.zero} cuts into pieces; take "
             "--zero 0 or --optimizer adamw"
         )
+    for name in ("max_minutes", "learning_rate"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} takes a positive number, not {value:g}")
     names = tuple(shares(denoiser))
     unknown = [name for name in options.blocks if name not in names]
     if unknown:
@@ -153,7 +157,9 @@ def make_training(options: Train, denoiser: DenoiserConfig) -> Training:
             f"--blocks {unknown[0]} does not exist; this preset has {', '.join(names)}"
         )
     blocks = tuple(name for name in names if name in options.blocks) or names
-    rate = options.learning_rate or (2e-3 if optimizer == "muon" else 1e-4)
+    rate = options.learning_rate
+    if rate is None:
+        rate = 2e-3 if optimizer == "muon" else 1e-4
     return Training(
         blocks=blocks,
         batch=options.batch,
@@ -175,16 +181,17 @@ def train(options: Train) -> int:
     training = make_training(options, config.denoiser)
     torch.manual_seed(options.seed)
     denoiser = make_denoiser(config.denoiser, config.octaves, options.backend)
-    if options.init_from:
-        initialise(denoiser, options.init_from)
+    run = Run(options.run)
+    begun = run.state()
+    if options.init_from and (begun is None or begun.checkpoint is None):
+        initialise(denoiser, options.init_from, training.blocks)
     parameters = sum(p.numel() for p in denoiser.parameters())
     plan = (
         f"train: preset {options.preset}, {parameters / 1e6:.1f}M parameters, {options.steps} "
         f"steps of {options.batch}, {training.optimizer} at {training.learning_rate:g}"
         + (f", at most {options.max_minutes:g} minutes" if options.max_minutes else "")
-        + (f", blocks {', '.join(training.blocks)}" if len(training.blocks) > 1 else "")
+        + (f", blocks {', '.join(training.blocks)}" if training.blocks != (WHOLE,) else "")
     )
-    run = Run(options.run)
     needed_bytes = run.checkpoint_bytes(parameters)
     if options.dry_run:
         console.say_plan(plan, options.run, needed_bytes)
@@ -195,10 +202,9 @@ def train(options: Train) -> int:
                 f"a batch of {options.batch} does not divide among {ranks.world} ranks; "
                 f"ask for --batch {-(-options.batch // ranks.world) * ranks.world}"
             )
-        lanes = num_lanes(ranks, training)
-        goals = goals_of(
-            shares(config.denoiser), training.blocks, options.steps, options.max_minutes, lanes
-        )
+        parts = shares(config.denoiser)
+        lanes = num_lanes(ranks, training.blocks, parts)
+        goals = goals_of(parts, training.blocks, options.steps, options.max_minutes, lanes)
         before = run.state() if ranks.rank == 0 else None
         if ranks.rank == 0:
             if _finished(before, goals):
@@ -223,9 +229,9 @@ def train(options: Train) -> int:
     return console.EXIT_DONE if status == "done" else console.EXIT_PREEMPTED
 
 
-def initialise(denoiser: Denoiser, files: Sequence[Path]) -> None:
+def initialise(denoiser: Denoiser, files: Sequence[Path], trained: Sequence[str]) -> None:
     """Load weights of a denoiser of the same size; of several files, from each the blocks that its
-    run trained.
+    run trained. trained: the blocks that are trained now, which need no weights.
     """
     own = denoiser.state_dict()
     owners: dict[str, Path] = {}
@@ -255,6 +261,12 @@ def initialise(denoiser: Denoiser, files: Sequence[Path]) -> None:
             own_prefixes = tuple(f"blocks.{block}." for block in blocks)
             weights = {k: v for k, v in weights.items() if k.startswith(own_prefixes)}
         own |= weights
+    missing = [name for name in shares(denoiser.config) if name not in (*owners, *trained)]
+    if len(files) > 1 and missing:
+        raise ValueError(
+            f"--init-from gives no weights of block {missing[0]}, which is not trained now "
+            "either; name a run that trained it as well"
+        )
     denoiser.load_state_dict(own)
 
 

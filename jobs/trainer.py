@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.data import Batch, Batches
+from jobs.data import Batch, Batches, held_out_split
 from jobs.engine import Ranks, build, multiplies_in_bf16
 from jobs.optimizer import OptimizerName
-from jobs.parts import HELD_OUT_WINDOWS, Goal, Part, Rate
+from jobs.parts import HELD_OUT_PART, HELD_OUT_WINDOWS, Goal, Part, Rate
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, RunState
 from jobs.run import Run, SupersededError
+from model.cascade.config import CascadeConfig
 from model.cascade.denoiser import CascadeDenoiser
 from model.family import WHOLE, Denoiser, Objective, make_objectives
 from pipeline import console
@@ -50,11 +51,12 @@ class Training:
     precision: str
 
 
-def num_lanes(ranks: Ranks, training: Training) -> int:
-    """How many parts are trained at once."""
+def num_lanes(ranks: Ranks, blocks: Sequence[str], shares: Mapping[str, float]) -> int:
+    """How many parts are trained at once: no more than keep busy while each has its share."""
     if ranks.world > 1 or ranks.device.type != "cpu":
         return 1
-    return min(len(training.blocks), torch.get_num_threads())
+    least_busy = sum(shares[name] for name in blocks) / max(shares[name] for name in blocks)
+    return max(min(len(blocks), torch.get_num_threads(), int(least_busy)), 1)
 
 
 def goals_of(
@@ -117,7 +119,8 @@ class Trainer:
             self._part(name, objectives[name], engines[name], numbers[name], goal, seed)
             for name, goal in goals.items()
         ]
-        self.stopping = self.superseded = False
+        # A signal is told to this process; stopping is what all ranks have agreed on.
+        self.told = self.stopping = self.superseded = False
         self.beat = time.monotonic()
 
     def _part(
@@ -131,6 +134,7 @@ class Trainer:
             training.condition_dropout,
             training.augment,
             part=place,
+            tokens=self._reads_tokens(place),
         )
         owned = {id(parameter) for parameter in objective.parameters()}
         ema = {
@@ -152,12 +156,25 @@ class Trainer:
             None if place is None or self.ranks.rank else self._held_out(place),
         )
 
+    def _reads_tokens(self, place: int | None) -> bool:
+        """Whether the part of this number reads tokens."""
+        config = self.denoiser.config
+        return (
+            not place or not isinstance(config, CascadeConfig) or config.blocks[place - 1].tokens
+        )
+
     def _held_out(self, place: int) -> tuple[Batch, str]:
         """Windows that were not trained on, where there are any, always the same."""
-        splits = {entry.split for entry in self.packs.regions}
-        split = next(name for name in ("val", "test", "train") if name in splits)
+        split = held_out_split(self.packs)
         batches = Batches(
-            self.packs, HELD_OUT_WINDOWS, 0, 0.0, augment=False, split=split, part=place
+            self.packs,
+            HELD_OUT_WINDOWS,
+            0,
+            0.0,
+            augment=False,
+            split=split,
+            part=place,
+            tokens=self._reads_tokens(place),
         )
         return batches.at(0).to(self.ranks.device), split
 
@@ -203,15 +220,15 @@ class Trainer:
                     idle.remove(part)
                     waiting[self._submit(pool, part, log_every)] = part
                 if not waiting:
-                    if saving and not self.stopping:
+                    if saving and idle and not self.stopping:
                         self._save("running")
                         saved = self.step
                         continue
                     return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                for future in wait(waiting, HEARTBEAT_S, FIRST_COMPLETED).done:
                     part = waiting.pop(future)
                     self._log(part, *future.result())
-                    if part.held_out_due():
+                    if part.held_out_due() and not self.stopping:
                         self._log_held_out(part)
                 self._show_life()
                 count(self._permille(), 0)
@@ -223,11 +240,16 @@ class Trainer:
             return pool.submit(part.train, steps, self._alone)
         # Ranks must meet in one order, and a GPU's stream is the calling thread's.
         done: Future[tuple[Tensor, float]] = Future()
-        done.set_result(part.train(steps, self._agree))
+        done.set_result(part.train(steps, self._together))
         return done
 
     def _alone(self, seconds: float) -> tuple[float, bool]:
+        self.stopping = self.stopping or self.told
         return seconds, self.stopping
+
+    def _together(self, seconds: float) -> tuple[float, bool]:
+        self._show_life()
+        return self._agree(seconds)
 
     def _permille(self) -> int:
         """Of the training that is done, by the parts' shares of it."""
@@ -251,7 +273,8 @@ class Trainer:
         Raises a `SupersededError` on all of them once rank 0 has seen another owner: a rank that
         went on alone would wait for the others for ever.
         """
-        mine = [seconds if self.ranks.rank == 0 else 0.0, self.stopping, self.superseded]
+        stopping = self.told or self.stopping
+        mine = [seconds if self.ranks.rank == 0 else 0.0, stopping, self.superseded]
         if self.ranks.world > 1:
             shared = torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)
             torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
@@ -277,7 +300,7 @@ class Trainer:
             self._write(self.run.update)
 
     def _stop(self, *_: Any) -> None:
-        self.stopping = True
+        self.told = True
 
     def _log(self, part: Part, losses: Tensor, learning_rate: float) -> None:
         if self.ranks.world > 1:
@@ -360,8 +383,14 @@ class Trainer:
                 )
             steps, seconds = before.parts[part.name]
             part.step, part.seconds = int(steps), float(seconds)
+            part.held_out_seconds = HELD_OUT_PART * part.seconds / 2
+        own = {id(p) for part in self.parts for p in part.objective.parameters()}
+        weights = self.run.read_weights(before.step, "weights")
         with torch.no_grad():
             for name, value in self.run.read_weights(before.step, "ema").items():
                 self.ema[name].copy_(value)
+            for name, parameter in self.denoiser.named_parameters():
+                if id(parameter) not in own:  # of a block that is not trained here
+                    parameter.copy_(weights[name])
         if self.ranks.rank == 0:
             console.say(f"train: resuming at step {before.step}")

@@ -137,8 +137,18 @@ def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
     raise ValueError(f"preset {name!r} does not exist; choose one of {names}")
 
 
-GIVEN = ("channels", "token_dim", "classes")
-"""What follows from the packs."""
+FIXED = (
+    "channels",
+    "token_dim",
+    "classes",
+    "name",
+    "parents",
+    "fine",
+    "level",
+    "window",
+    "margin",
+)
+"""What follows from the packs, and from their design."""
 
 
 def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
@@ -165,11 +175,11 @@ def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
 def _with(config: Any, name: str, text: str, change: str) -> Any:
     """A configuration with one field changed."""
     known: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
-    offered = [n for n, value in known.items() if n not in GIVEN and _is_plain(value)]
+    offered = [n for n, value in known.items() if n not in FIXED and _is_plain(value)]
     if "=" not in change or name not in offered:
         raise ValueError(
-            f"{change!r} changes no field of this preset; write NAME=VALUE with one of "
-            f"{', '.join(offered)}"
+            f"{change!r} changes no field of this preset; write NAME=VALUE (of a block "
+            f"BLOCK.NAME=VALUE) with one of {', '.join(offered)}"
         )
     kinds = get_type_hints(type(config))
     choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else None

@@ -26,9 +26,7 @@ class PatchDraw:
 
 @dataclass(frozen=True)
 class TopDraw:
-    """Standardised area means of a batch of images on their top lattice; absent cells hold some
-    value all the same.
-    """
+    """Standardised area means of a batch of images on their top lattice, zero where absent."""
 
     values: Float[Tensor, "b c h w"]
     present: Float[Tensor, "b 1 h w"]

@@ -55,8 +55,8 @@ class Octaves:
     def variances(self, level: int) -> tuple[float, float]:
         """(signal, noise) variance of what the network estimates at `level`.
 
-        Below the coarse level that is the detail without its slopes; at the coarse level the
-        lattice's values.
+        Below the coarse level that is the detail without what is predicted of it; at the coarse
+        level the lattice's values.
         """
         if level < self.coarse_level:
             return max(self.residual[level], _LEAST_VARIANCE), self.noise.detail_variance(level)

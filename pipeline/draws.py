@@ -144,12 +144,13 @@ class CascadeLevels:
         for _ in range(coarse_level):
             parts.append((_quarter(parts[-1]) / 4).astype(np.float32))
         whole = pixels if valid.all() else filled(pixels, valid, coarse_level)
-        return cls(RegionLevels.of(whole, np.ones_like(valid), coarse_level), parts)
+        return cls(RegionLevels.of(whole, valid, coarse_level), parts)
 
     def lattice(self, scale: int) -> UInt16[np.ndarray, "hl wl c"]:
         """The top level, fixed point; `ABSENT` where less than half of a cell is valid."""
-        values = self.levels.lattice(scale)
-        values[self.parts[-1] < LEAST_PART] = ABSENT
+        parts = self.parts[-1]
+        values = self.levels.continued(len(self.parts) - 1, (0, 0), parts.shape, scale)
+        values[parts < LEAST_PART] = ABSENT
         return values
 
     def payload(
@@ -324,8 +325,8 @@ def _energy(values: Float64[np.ndarray, "*n c"]) -> Energy:
     return float(len(flat)), flat.T @ flat
 
 
-def _repeat(parents: np.ndarray) -> np.ndarray:
-    return parents.repeat(2, axis=0).repeat(2, axis=1)
+def _repeat(parents: np.ndarray, levels: int = 1) -> np.ndarray:
+    return parents.repeat(1 << levels, axis=0).repeat(1 << levels, axis=1)
 
 
 def _central(
@@ -353,7 +354,8 @@ def _extremes(
     found = []
     for level, sums in enumerate(levels.sums):
         step = max(int(np.sqrt(sums.shape[0] * sums.shape[1] / most)), 1)
-        values = sums[::step, ::step].reshape(-1, sums.shape[2]) / levels.steps(level)
+        valid = levels.valid[level][::step, ::step]
+        values = sums[::step, ::step][valid if valid.any() else ~valid] / levels.steps(level)
         found.append(np.quantile(values, (EXTREME, 1 - EXTREME), axis=0))
     return np.stack([pair[0] for pair in found]), np.stack([pair[1] for pair in found])
 
@@ -377,5 +379,6 @@ def _residuals(levels: RegionLevels, block: WindowsBelow, side: int) -> list[Ene
         for part in (fine / levels.steps(block.fine), parents)
     )
     left = zero_mean(values, n) - predicted(around, n, margin)
-    parts = [octave[0].permute(1, 2, 0).numpy() for octave in details(left, n)]
+    whole = _repeat(levels.valid[block.parents][y : y + h, x : x + w], n)
+    parts = [octave[0].permute(1, 2, 0).numpy()[whole] for octave in details(left, n)]
     return [_energy(part) for part in reversed(parts)]

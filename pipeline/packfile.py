@@ -117,7 +117,7 @@ class PackStatistics:
     that pixel = mean + colour u for a standardised u whose bands are uncorrelated. signal,
     residual: variances of u's octaves (see `model.process.Octaves`). token_mean, token_std: per
     embedding dimension. low, high: of the values of cells, a row a level from the pixel on, a
-    column a band, outside of which hardly any lie; () where nothing is generated level by level.
+    column a band, outside of which hardly any lie; () in older packs.
     """
 
     mean: tuple[float, ...]
@@ -330,7 +330,11 @@ class PackSet:
     def window(self, entry: RegionEntry, pack: int, block: int, number: int) -> DrawnWindow:
         """One window of a block of a draw; only its bytes are read."""
         assert isinstance(self.design, CascadeDesign)
-        layout, settings = self.windows(block), self.settings
+        layout, last, settings = self.windows(block), self.windows(-1), self.settings
+        if entry.offsets[2 + pack][1] != last.start + last.number * last.window_bytes:
+            raise ValueError(
+                f"{self.path} was drawn by another cascade design than this version's; pack again"
+            )
         part = (layout.start + number * layout.window_bytes, layout.window_bytes)
         values = np.frombuffer(self._range(entry, 2 + pack, part), np.uint16)
         fine, parents, weight = np.split(values, np.cumsum(layout.sizes)[:-1])

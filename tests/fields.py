@@ -49,10 +49,12 @@ def denoiser(seed: int = 0, config: CascadeConfig = CONFIG) -> CascadeDenoiser:
     """A float64 denoiser whose zero-initialised layers have been given weights."""
     torch.manual_seed(seed)
     net = CascadeDenoiser(config, OCTAVES).double()
+    net.eval().requires_grad_(False)
     for parameter in net.parameters():
-        if parameter.abs().max() == 0:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return net.eval().requires_grad_(False)
+        # Wholly zero, or a kernel whose outer taps begin at zero.
+        spread = 0.3 if parameter.abs().max() == 0 else 0.1
+        parameter[parameter == 0] = spread * torch.randn(int((parameter == 0).sum())).double()
+    return net
 
 
 def block_of(net: CascadeDenoiser, name: str) -> CascadeBlock:

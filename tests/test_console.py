@@ -91,7 +91,9 @@ def test_what_is_done_needs_no_disk(
 def test_a_command_line_is_parsed_into_what_it_was_made_from(tmp_path: Path) -> None:
     made = [
         jobs.train.Train(Path("my packs"), Path("run"), preset="tiny", augment=False),
-        jobs.train.Train(Path("p"), Path("r"), max_minutes=1.5, init_from="w.safetensors"),
+        jobs.train.Train(
+            Path("p"), Path("r"), max_minutes=1.5, init_from=(Path("w.safetensors"),)
+        ),
         Sample(Path("r"), Path("s"), Path("o"), region=(1, 2), dry_run=True),
     ]
     for options in made:

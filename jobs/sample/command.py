@@ -40,7 +40,9 @@ def sample(options: Sample) -> int:
     recipe, channels = plan.recipe, len(plan.config.packs.bands)
     fields = 4 if recipe.make_solver().remembers else 2
     finer = max(recipe.level - generated_level(plan.config.denoiser, recipe.level), 0)
-    work_bytes = 4 * fields * channels * recipe.height * recipe.width << 2 * finer
+    cells = recipe.height * recipe.width << 2 * finer
+    # Coarser passes take a fifteenth of the finest, and means of it no more than one field.
+    work_bytes = 4 * channels * (fields * cells * 16 // 15 + (cells >> 2 if finer else 0))
     console.say_plan(
         f"sample: {len(plan.subjects)} images of {plan.size_px[0]}x{plan.size_px[1]} px at scale "
         f"{options.scale:g}, "

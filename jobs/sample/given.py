@@ -78,7 +78,8 @@ class Given:
     """An image that is given, and what of it: means over 2^down x 2^down pixels of the painting,
     or the pixels themselves where a mask says so.
 
-    level: of the pixels that are painted. mask_path: where the mask was read.
+    level: of the pixels that are painted; finer: how many levels below them cells are generated,
+    whose means they are. mask_path: where the mask was read.
     """
 
     image: OmeImage
@@ -87,6 +88,7 @@ class Given:
     down: int = 0
     mask: MaskPicture | None = None
     mask_path: Path | None = None
+    finer: int = 0
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -105,8 +107,8 @@ class Given:
 
     @property
     def cell(self) -> int:
-        """Tiles are multiples of this many pixels."""
-        return 1 << self.down
+        """Tiles are multiples of this many generated cells."""
+        return 1 << (self.down + self.finer)
 
     def identity(self) -> dict[str, Any]:
         """What names it in the record of a painting."""
@@ -157,7 +159,9 @@ def find_given(options: Sample, config: RunConfig, level: int) -> Given | None:
     painted = config.packs.spacing * 2.0**level
     ratio = image.spacing / painted
     if name == "--low":
-        return Given(image, config.statistics, level, _halvings(image, ratio, painted))
+        down = _halvings(image, ratio, painted)
+        finer = level - generated_level(denoiser, level)
+        return Given(image, config.statistics, level, down, finer=finer)
     if not math.isclose(ratio, 1.0, rel_tol=1e-6):
         raise ValueError(
             f"{path} has pixels of {image.spacing:g} {image.unit}, but pixels of {painted:g} are "

@@ -14,6 +14,7 @@ from jobs.sample.options import Sample
 from jobs.subject import RegionSubject, Subject, regions_for, subjects_without_condition
 from model.cascade.config import CascadeConfig
 from model.config import DenoiserConfig
+from model.family import shares
 from model.lattice import at_level
 from model.solver import make_solver
 from pipeline.store import Store
@@ -37,6 +38,7 @@ class Plan:
 def make_plan(options: Sample) -> Plan:
     """Resolve the options against the run and the store."""
     config = Run(options.run).config()
+    _check_trained(config)
     if options.scale not in SCALES:
         raise ValueError(f"--scale takes 4, 2, 1, 0.5, 0.25 or 0.125, not {options.scale:g}")
     _check_label(options.label, config)
@@ -92,6 +94,18 @@ def _subjects(options: Sample, config: RunConfig, given: Given | None) -> Sequen
         RegionSubject(store, config, region, options.seed, size_px, options.fill, options.label)
         for region in regions
     ]
+
+
+def _check_trained(config: RunConfig) -> None:
+    """A `ValueError` where some of the run's blocks were never trained."""
+    names = tuple(shares(config.denoiser))
+    trained, given = config.training.get("blocks", names), config.training.get("init_from")
+    missing = [name for name in names if name not in trained]
+    if missing and not given:
+        raise ValueError(
+            f"this run trained blocks {', '.join(trained)} alone and block {missing[0]} never; "
+            "join it with runs of the others: python -m jobs.train --steps 0 --init-from ..."
+        )
 
 
 def _check_label(label: str | None, config: RunConfig) -> None:

@@ -109,7 +109,7 @@ class OctaveBlock(nn.Module):
     ) -> Float[Tensor, "b c hk wk"]:
         """x0_hat: zero mean in every parent cell. told: by the parents, where the caller knows."""
         seen, told = _Seen(self, observed, log_snr), told or self.told(parents)
-        out = self.correction(seen, parents, told, tokens, log_snr, None)
+        out = self.correction(seen, parents, told, tokens, log_snr)
         return seen.known + seen.corrected(out)
 
     def losses(
@@ -126,8 +126,7 @@ class OctaveBlock(nn.Module):
         each with its weight.
         """
         seen, present = _Seen(self, observed, log_snr), self.inner(parents.present)
-        told, absent = told or self.told(parents), None if bool(present.all()) else present
-        out = self.correction(seen, parents, told, tokens, log_snr, absent)
+        out = self.correction(seen, parents, told or self.told(parents), tokens, log_snr)
         n, losses = self.block.octaves, []
         pairs = zip(details(out, n), seen.targets(truth), strict=True)
         cells = up(weight * present, n)
@@ -142,9 +141,9 @@ class OctaveBlock(nn.Module):
         told: Told,
         tokens: LookedUp | None,
         log_snr: Float[Tensor, " b"],
-        present: Float[Tensor, "b 1 h w"] | None,
     ) -> Float[Tensor, "b c hk wk"]:
         """F of all octaves together."""
+        present = self.inner(parents.present)
         guess = told.means + told.smooth + seen.known
         out, gains = self.net(
             torch.cat([seen.scaled, guess, told.smooth * self.scale], dim=1),
@@ -152,7 +151,7 @@ class OctaveBlock(nn.Module):
             parents.present,
             None if tokens is None else tokens.at(parents.y_px, parents.x_px),
             log_snr + sum(self.offsets) / len(self.offsets),
-            present,
+            None if bool(present.all()) else present,
         )
         return zero_mean(seen.weighted(gains.to(guess)) + out.to(guess), self.block.octaves)
 

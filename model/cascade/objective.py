@@ -103,7 +103,8 @@ class BlockObjective(nn.Module):
 def with_noisy_parents(draw: BlockDraw, seeds: Int64[Tensor, " b"], largest: float) -> BlockDraw:
     """The draw with noise of a deviation between 0 and `largest` on its parents, keyed."""
     noise = keyed_normals(seeds, PARENTS_STREAM, draw.parents.shape[1:])
-    part = [np.random.Generator(_philox(seed, PARENTS_STREAM + 1)).random() for seed in seeds]
+    streams = (_philox(seed, PARENTS_STREAM + 1) for seed in seeds.tolist())
+    part = [np.random.Generator(stream).random() for stream in streams]
     deviation = largest * torch.tensor(part, dtype=torch.float32)[:, None, None, None]
     parents = draw.parents + (deviation * noise).to(draw.parents)
     return BlockDraw(draw.values, parents, draw.parents_present, draw.weight, draw.y_px, draw.x_px)
@@ -115,10 +116,10 @@ def keyed_normals(
     """Independent standard normals of each seed and stream, float32, made on the host."""
     rows = [
         np.random.Generator(_philox(seed, stream)).standard_normal(tuple(shape), np.float32)
-        for seed in seeds
+        for seed in seeds.tolist()
     ]
     return torch.from_numpy(np.stack(rows))
 
 
-def _philox(seed: Tensor, stream: int) -> np.random.Philox:
-    return np.random.Philox(key=np.array([int(seed), stream], np.uint64))
+def _philox(seed: int, stream: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, stream], np.uint64))

@@ -102,6 +102,11 @@ def make_plan(options: Pack) -> Plan:
         lattice=options.lattice,
         uniform_part=options.uniform_part,
     )
+    if options.mollifier and isinstance(design, CascadeDesign):
+        raise ValueError(
+            "the cascade learns area means of the pixels as they are; leave --mollifier out, or "
+            "pack with --design uniform or sobol for the papers' presets"
+        )
     store = Store.open(options.store)
     regions = store.regions()
     if not regions:

@@ -15,9 +15,9 @@ import torch
 from benchmarks.bench_costs import report, tokens
 from torch import Tensor, nn
 
-from model.attention import Condition, Tokens
+from model.attention import Condition
 from model.cascade.config import CascadeConfig
-from model.cascade.denoiser import CascadeDenoiser, OctaveBlock, _Seen
+from model.cascade.denoiser import CascadeDenoiser, LookedUp, OctaveBlock
 from model.cascade.painter import BlockPainter, Under, sides
 from model.config import preset
 from model.generate import ArrayField, Estimator
@@ -100,7 +100,7 @@ def cascade(dtype: torch.dtype, bf16: bool = False) -> dict[str, str]:
 
 
 def windows(
-    body: OctaveBlock, tokens_of: Tokens | None, u: Tensor, under: Under, whole: Tensor
+    body: OctaveBlock, tokens_of: LookedUp | None, u: Tensor, under: Under, whole: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x0_hat of the parent in the middle of windows that are as large as the halo, and stick out
     of the field as in training; and what the dense evaluation has there.
@@ -116,9 +116,7 @@ def windows(
             for first in place
         )
         base = body.base(parents)
-        view = _Seen(body, u[:, rows][:, :, columns][None] * 2**0.5 - base, at)
-        present = body.inner(parents.present)
-        x0 = view.known + view.corrected(body.correction(view, parents, tokens_of, at, present))
+        x0 = body(u[:, rows][:, :, columns][None] * 2**0.5 - base, parents, tokens_of, at)
         own = (0, slice(None), *(slice(halo << n, (halo + 1) << n),) * 2)
         seen.append((base + x0)[own])
         dense.append(whole[:, y << n : (y + 1) << n, x << n : (x + 1) << n])
