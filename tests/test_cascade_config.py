@@ -75,14 +75,14 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
     ("change", "sentence"),
     [
         ("D.widths=8", "whose blocks are: T, A, B, C"),
-        ("B.colour=8", "changes no field of this preset; write NAME=VALUE with one of name, par"),
+        ("B.colour=8", "changes no field of this preset; write NAME=VALUE .* one of place, wid"),
         ("B.widths=8,x,8", "so it takes a value of that kind, not '8,x,8'"),
         ("B.widths=8,16", "has 2 widths and 3 depths; give one of each"),
         ("B.place=4", "the coarsest of 16 cells, but a parent has 8; make them equal"),
         ("T.attention=lookup", "'lookup' does not exist; choose one of operator, softmax, none"),
         ("T.heads=5", "a width of 64 does not divide into 5 heads"),
-        ("T.level=7", "takes parents of level 8, but the block before it generates level 7"),
-        ("B.name=A", "need different names"),
+        ("T.level=7", "changes no field of this preset"),
+        ("B.window=16", "changes no field of this preset"),
         ("channels=4", "changes no field of this preset"),
         ("parents_noise", "changes no field of this preset"),
     ],
@@ -97,6 +97,10 @@ def test_blocks_join_down_to_the_pixel() -> None:
     assert [generated_level(TINY, level) for level in range(9)] == [0, 0, 2, 2, 2, 5, 5, 5, 5]
     with pytest.raises(ValueError, match="from level 2 to 5, but a block goes from coarse"):
         BlockConfig("A", 2, 5, 2, (8,), (1,))
+    with pytest.raises(ValueError, match="takes parents of level 8, but the block before it"):
+        CascadeConfig(channels=3, token_dim=8, top=TopConfig(level=7))
+    with pytest.raises(ValueError, match="need different names"):
+        CascadeConfig(channels=3, token_dim=8, top=TopConfig(name="A"))
     with pytest.raises(ValueError, match="the last of a cascade ends at 0"):
         CascadeConfig(channels=3, token_dim=8, blocks=(A,))
     with pytest.raises(ValueError, match="whose blocks are: none"):
