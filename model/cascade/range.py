@@ -1,8 +1,8 @@
 """What values an image can have: estimates are held inside.
 
-Pixels of a scan lie between its darkest and its brightest, and so do their area means, in a range
-that is narrower the larger the cell. An estimate outside is wrong, whatever the noise level; an
-exact one never is. Beside the brightest value, glass, that leaves little room for any texture.
+Nearly all pixels of a scan lie between two values, its thousandth quantiles, and so do their area
+means, in a range that is narrower the larger the cell. An estimate far outside is wrong, whatever
+the noise level. Beside the brightest value, glass, that leaves little room for any texture.
 """
 
 from dataclasses import dataclass
