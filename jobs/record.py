@@ -15,6 +15,8 @@ from typing import Any
 CONFIG_NAME, STATE_NAME, METRICS_NAME = "config.json", "state.json", "metrics.jsonl"
 HEARTBEAT_S = 30.0
 STALE_AFTER_S = 4 * HEARTBEAT_S
+SPLIT_NAMES = {"val": "validation", "test": "test", "train": "training"}
+"""Of the regions on which a held-out error was measured, for people."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jobs.engine import Ranks, build, multiplies_in_bf16
 from jobs.optimizer import OptimizerName
 from jobs.parts import HELD_OUT_PART, HELD_OUT_WINDOWS, Goal, Part, Rate
 from jobs.preview import write_preview
-from jobs.record import HEARTBEAT_S, RunState
+from jobs.record import HEARTBEAT_S, SPLIT_NAMES, RunState
 from jobs.run import Run, SupersededError
 from model.cascade.config import CascadeConfig
 from model.cascade.denoiser import CascadeDenoiser
@@ -341,8 +341,7 @@ class Trainer:
         known = [p for p in self.parts if p.held_out_error is not None]
         if not known:
             return ""
-        split = {"val": "validation", "test": "test", "train": "training"}
-        of = split[str(known[0].held_out_batch and known[0].held_out_batch[1])]
+        of = SPLIT_NAMES[str(known[0].held_out_batch and known[0].held_out_batch[1])]
         errors = ", ".join(f"{p.name} {p.held_out_error:.3f}" for p in known)
         return f"; error of F on {of} regions (1 is the linear estimate): {errors}"
 

@@ -101,24 +101,16 @@ def say_plan(plan: str, folder: Path, needed_bytes: int) -> None:
     check_free_disk(folder, needed_bytes)
 
 
-def progress(
-    items: Iterable[T], *, total: int, desc: str, limit_s: float | None = None
-) -> Iterator[T]:
-    """Yield `items` under a bar on a terminal, or a line every 30 s elsewhere.
-
-    Where the caller stops after `limit_s`, the time left is that of the nearer end.
-    """
+def progress(items: Iterable[T], *, total: int, desc: str) -> Iterator[T]:
+    """Yield `items` under a bar on a terminal, or a line every 30 s elsewhere."""
     bar = tqdm(total=total, desc=desc, disable=not sys.stderr.isatty())
     started = reported = time.monotonic()
     with bar:
         for done, item in enumerate(items):
             now = time.monotonic()
-            end_s = float("inf") if limit_s is None else max(limit_s - (now - started), 0.0)
-            if limit_s is not None:
-                bar.set_postfix_str(f"at most {end_s:.0f} s left", refresh=False)
             if bar.disable and now - reported >= REPORT_EVERY_S:
                 reported = now
-                left_s = min((now - started) / max(done, 1) * (total - done), end_s)
+                left_s = (now - started) / max(done, 1) * (total - done)
                 say(f"{desc}: {done} of {total}, about {left_s:.0f} s left")
             yield item
             bar.update()

@@ -14,7 +14,8 @@ from scipy.ndimage import gaussian_filter
 import pipeline.pack
 from model.design import CascadeDesign, Extent, PointDesign, WindowsBelow
 from model.haar import predicted, up
-from pipeline.draws import CascadeLevels, Moments, RegionLevels, filled, mollified
+from pipeline.draws import CascadeLevels, RegionLevels, filled, mollified
+from pipeline.moments import Moments
 from pipeline.packfile import (
     ABSENT,
     PART_SCALE,

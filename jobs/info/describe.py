@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conditioning.card import EncoderCard
-from jobs.record import read_metrics, read_record, read_state
+from jobs.record import SPLIT_NAMES, read_metrics, read_record, read_state
 from pipeline.console import size
 from pipeline.ome import OmeImage
 from pipeline.packfile import INDEX_NAME, PLAN_NAME, PackSet
@@ -215,9 +215,8 @@ def _held_out(last: dict[str, dict[str, Any]]) -> str:
     for name, line in sorted(last.items(), key=lambda item: -max(item[1]["levels"])):
         values = [value for row in line["held_out"] for value in row]
         errors.append(f"{name} {sum(values) / len(values):.3f}")
-    names = {"val": "validation", "test": "test", "train": "training"}
     splits = {line["split"] for line in last.values()}
-    regions = " and ".join(sorted(names.get(split, split) for split in splits))
+    regions = " and ".join(sorted(SPLIT_NAMES.get(split, split) for split in splits))
     return f"{', '.join(errors)} on {regions} regions; 1 is the linear estimate, lower is better"
 
 

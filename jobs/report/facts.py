@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from jobs.record import SPLIT_NAMES
 from jobs.report.material import Material, Painting
 from jobs.report.progress import Progress
 from jobs.run import commit
@@ -193,9 +194,8 @@ def held_out_rows(progress: Progress) -> list[HeldOutRow]:
 
 def held_out_split(progress: Progress) -> str:
     """Of what regions the held-out errors are."""
-    names = {"val": "validation", "test": "test", "train": "training"}
     splits = {line.split for line in progress.last_held_out()}
-    return " and ".join(sorted(names.get(split, split) for split in splits))
+    return " and ".join(sorted(SPLIT_NAMES.get(split, split) for split in splits))
 
 
 def flat(content: Mapping[str, Any], before: str = "") -> Facts:

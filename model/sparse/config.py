@@ -140,11 +140,6 @@ class SparseConfig:
         """Fields are painted in multiples of this many pixels: the coarse cell."""
         return 1 << self.coarse_level
 
-    @property
-    def preview_level(self) -> int:
-        """Points are known at the level of pixels only."""
-        return 0
-
     def tile_px(self, on_gpu: bool) -> int:
         """Side of a tile that suits a device: on a CPU it stays in the cache."""
         return max(1024 if on_gpu else 256, self.cell_px)

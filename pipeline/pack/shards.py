@@ -13,7 +13,8 @@ import webdataset
 
 from model.design import CascadeDesign, PatchDesign, PointDesign
 from pipeline import console
-from pipeline.draws import CascadeLevels, Energy, Moments, RegionLevels, mollified
+from pipeline.draws import CascadeLevels, RegionLevels, mollified
+from pipeline.moments import Energy, Moments
 from pipeline.pack.plan import Plan
 from pipeline.packfile import (
     INDEX_NAME,

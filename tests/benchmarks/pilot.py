@@ -40,7 +40,8 @@ from model.lattice import Box
 from model.solver import DDIM, uniform_steps
 from model.sparse.config import SparseConfig
 from model.sparse.denoiser import Means, SparseOperatorDenoiser
-from pipeline.draws import Moments, RegionLevels
+from pipeline.draws import RegionLevels
+from pipeline.moments import Moments
 from pipeline.packfile import ABSENT, PackStatistics
 from pipeline.readers import open_reader
 
