@@ -2,9 +2,9 @@
 
 Sample n is draw pi(n) under a permutation keyed by the epoch; its noise, its noise level, whether
 its condition is dropped and how it is turned are keyed by n. Each block of a cascade has samples
-of its own: single windows of draws, or whole top lattices. Ranks take slices of the global batch.
-So one rank with a batch of four and two ranks with two see the same thing, and so does a run that
-was resumed.
+of its own: single windows of draws, or windows of top lattices. Ranks take slices of the global
+batch. So one rank with a batch of four and two ranks with two see the same thing, and so does a
+run that was resumed.
 """
 
 from collections.abc import Generator, Sequence
@@ -26,7 +26,7 @@ from conditioning.tokens import (
     within,
 )
 from model.attention import Condition
-from model.design import PatchDesign
+from model.design import CascadeDesign, PatchDesign
 from model.draw import BlockDraw, Draw, PatchDraw, PointDraw, TopDraw
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import (
@@ -42,6 +42,8 @@ from pipeline.packfile import (
 )
 
 PREFETCHED = 2
+MOST_FOR_ONE = 16
+"""Small samples in place of a whole window of cells; reading them costs time, too."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,13 @@ def _turned_origin(
 class Batches:
     """The batches of a run.
 
-    batch: size of the global batch. condition_dropout: how often a condition is dropped, for
-    classifier-free guidance; a label is dropped as often on its own, and in half of the samples
-    whose tokens are, so that guidance knows images without either. augment: whether samples are
-    turned and mirrored. part: of a cascade, 0 for its top block, k for its k-th block of octaves;
-    None where draws are whole. tokens: whether the part reads any.
+    batch: windows in a global batch (its `size` may be larger). condition_dropout: how often a
+    condition is dropped, for classifier-free guidance; a label is dropped as often on its own, and
+    in half of the samples whose tokens are, so that guidance knows images without either. augment:
+    whether samples are turned and mirrored. part: of a cascade, 0 for its top block, k for its
+    k-th block of octaves; None where draws are whole. tokens: whether the part reads any.
+    top_window: cells a side of a top lattice that are trained on at once, of a larger one a
+    window; None for all of it.
     """
 
     packs: PackSet
@@ -137,10 +141,37 @@ class Batches:
     split: str = "train"
     part: int | None = None
     tokens: bool = True
+    top_window: int | None = None
 
     def __post_init__(self) -> None:
         if not self._entries:
             raise ValueError(f"{self.packs.path} has no regions in split {self.split!r}")
+
+    @cached_property
+    def size(self) -> int:
+        """Samples in a global batch: of regions smaller than a window as many more as have the
+        same number of cells, so that a step costs the same; at most `MOST_FOR_ONE` for one.
+        """
+        if self.part is None:
+            return self.batch
+        if self.part == 0:
+            side = self._top_side
+            window, (h, w) = self.top_window or side, (side, side)
+        else:
+            layout = self.packs.windows(self.part - 1)
+            window, (h, w) = layout.block.window, layout.shape
+        return self.batch * min(window**2 // (h * w), MOST_FOR_ONE)
+
+    @property
+    def _top_level(self) -> int:
+        assert isinstance(self.packs.design, CascadeDesign)
+        return self.packs.design.coarse_level
+
+    @property
+    def _top_side(self) -> int:
+        """Of a sample of the top block, in cells."""
+        whole = self.packs.settings.side_px >> self._top_level
+        return min(whole, self.top_window or whole)
 
     @cached_property
     def _entries(self) -> list[RegionEntry]:
@@ -159,8 +190,8 @@ class Batches:
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The slice of rank `rank` of `world` of the global batch of one step."""
-        share = self.batch // world
-        numbers = range(step * self.batch + rank * share, step * self.batch + (rank + 1) * share)
+        share = self.size // world
+        numbers = range(step * self.size + rank * share, step * self.size + (rank + 1) * share)
         samples, seeds, uniform, keep, keep_label = [], [], [], [], []
         for number in numbers:
             random = np.random.Generator(
@@ -168,13 +199,13 @@ class Batches:
             )
             seeds.append(int(random.integers(2**62)))
             # Stratified over the global batch: position j draws from the j-th part of the range.
-            uniform.append((number % self.batch + random.random()) / self.batch)
+            uniform.append((number % self.size + random.random()) / self.size)
             keep.append(bool(random.random() >= self.condition_dropout))
             element = int(random.integers(8)) if self.augment else 0
             dropout = self.condition_dropout if keep[-1] else 0.5
             keep_label.append(bool(random.random() >= dropout))
             sample = turn(self._sample(number), element, self.packs.settings.side_px)
-            samples.append(self._in_view(sample))
+            samples.append(self._in_view(sample, random))
         statistics = self.packs.statistics
         scale = TokenScale(
             np.array(statistics.token_mean, np.float32), np.array(statistics.token_std, np.float32)
@@ -223,13 +254,35 @@ class Batches:
         """Windows of the part's block in one draw."""
         return self.packs.windows(self.part - 1).number if self.part else 0
 
-    def _in_view(self, sample: Sample) -> Sample:
-        """The sample with the tokens that condition its draw."""
+    def _in_view(self, sample: Sample, random: np.random.Generator) -> Sample:
+        """The sample with the tokens that condition its draw; of a large top lattice a window."""
+        if isinstance(sample.drawn, DrawnTop):
+            return self._top_window(sample, sample.drawn.lattice, random)
         if not isinstance(sample.drawn, DrawnPatch):
             return sample
         assert isinstance(self.packs.design, PatchDesign)
         view = self.packs.design.view(sample.drawn.origin)
         return replace(sample, tokens=within(sample.tokens, view))
+
+    def _top_window(
+        self, sample: Sample, lattice: UInt16[np.ndarray, "hl wl c"], random: np.random.Generator
+    ) -> Sample:
+        """A window of a top lattice with the tokens around it, as an image of its own. It takes
+        every place that touches the lattice with equal probability; cells outside are absent.
+        """
+        side, extent = self._top_side, lattice.shape[0]
+        if side == extent:
+            return sample
+        level = self._top_level
+        y, x = (int(start) for start in random.integers(1 - side, extent, size=2))
+        cut = np.full((side, side, lattice.shape[2]), ABSENT, np.uint16)
+        top, left = max(y, 0), max(x, 0)
+        inside = lattice[top : y + side, left : x + side]
+        cut[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = inside
+        corner_px, side_px = (y << level, x << level), side << level
+        seen = (around(tokens, corner_px, side_px) for tokens in sample.tokens)
+        tokens = [found.seen_from(corner_px) for found in seen]
+        return replace(sample, drawn=DrawnTop(cut), tokens=tokens)
 
     def draw(self, drawn: Sequence[Drawn]) -> Draw:
         """Draws of one kind, standardised and collated."""

@@ -135,6 +135,7 @@ class Trainer:
             training.augment,
             part=place,
             tokens=self._reads_tokens(place),
+            top_window=self._top_window,
         )
         owned = {id(parameter) for parameter in objective.parameters()}
         ema = {
@@ -163,6 +164,11 @@ class Trainer:
             not place or not isinstance(config, CascadeConfig) or config.blocks[place - 1].tokens
         )
 
+    @property
+    def _top_window(self) -> int | None:
+        config = self.denoiser.config
+        return config.top.window if isinstance(config, CascadeConfig) else None
+
     def _held_out(self, place: int) -> tuple[Batch, str]:
         """Windows that were not trained on, where there are any, always the same."""
         split = held_out_split(self.packs)
@@ -175,6 +181,7 @@ class Trainer:
             split=split,
             part=place,
             tokens=self._reads_tokens(place),
+            top_window=self._top_window,
         )
         return batches.at(0).to(self.ranks.device), split
 

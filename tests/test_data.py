@@ -11,8 +11,8 @@ from chain import Chain
 from test_pack import check_window, means_of
 
 from conditioning.tokens import TokenScale, dihedral, fit, to_condition
-from jobs.data import Batches, Sample, turn
-from model.attention import look_up
+from jobs.data import MOST_FOR_ONE, Batches, Sample, turn
+from model.attention import Condition, look_up
 from model.design import CascadeDesign, Extent, WindowsBelow
 from model.draw import BlockDraw, PointDraw, TopDraw
 from pipeline.draws import CascadeLevels, RegionLevels, filled
@@ -117,6 +117,74 @@ def test_ranks_share_the_global_batch(
     assert equal(next(stream), whole)
     stream.close()
     assert not equal(batches.at(8).seeds, whole.seeds)
+
+
+@pytest.mark.parametrize(("part", "windows"), [(0, 11), (1, 2), (2, 2), (3, 2)])
+def test_a_batch_of_small_samples_holds_as_many_cells_as_one_of_windows(
+    packs: PackSet, part: int, windows: int
+) -> None:
+    """A step costs the same whatever the size of the image: nothing is smaller here but the top
+    lattice, 5 x 5 cells where 12 x 12 would be one window.
+    """
+    batches = Batches(packs, batch=2, seed=0, part=part, top_window=12)
+    assert batches.size == (10 if part == 0 else windows)
+    batch = batches.at(0)
+    assert len(batch.draw.values) == len(batch.seeds) == batches.size
+    places = (batch.uniform * batches.size).floor()
+    assert places.tolist() == list(range(batches.size))
+    halves = [batches.at(0, rank, 2) for rank in range(2)]
+    assert equal(batch.seeds, torch.cat([half.seeds for half in halves]))
+    few = Batches(packs, batch=2, seed=0, part=part, top_window=100)
+    assert few.size == (2 * MOST_FOR_ONE if part == 0 else windows)
+
+
+def test_a_window_of_the_top_lattice_is_a_part_of_it_with_the_tokens_at_its_place(
+    packs: PackSet,
+) -> None:
+    """What a token lattice says at a cell of a window is what it says there in the whole image;
+    every cell is drawn equally often; what lies outside is absent.
+    """
+    side, cells = 2, SIDE >> 5
+    batches = Batches(packs, batch=4, seed=0, augment=False, part=0, top_window=side)
+    known = {}
+    for entry in packs.regions[1:]:
+        scale = TokenScale(
+            np.array(packs.statistics.token_mean, np.float32),
+            np.array(packs.statistics.token_std, np.float32),
+        )
+        told = lookups(to_condition([packs.tokens(entry)], scale, [True]), cells)[0]
+        whole = packs.lattice(entry)
+        for y, x in np.ndindex(cells, cells):
+            known[whole[y, x].tobytes()] = (y, x, told[y, x])
+    times, absent = np.zeros((cells, cells)), 0
+    for step in range(300):
+        batch = batches.at(step)
+        assert isinstance(batch.draw, TopDraw)
+        values = batch.draw.values.permute(0, 2, 3, 1).numpy()
+        fixed = np.rint(packs.statistics.to_pixels(values) * 256).astype(np.uint16)
+        told = lookups(batch.condition, side)
+        for sample, y, x in np.ndindex(len(fixed), side, side):
+            if not batch.draw.present[sample, 0, y, x]:
+                assert not values[sample, y, x].any()
+                absent += 1
+                continue
+            row, column, wanted = known[fixed[sample, y, x].tobytes()]
+            times[row, column] += 1
+            if batch.condition.keep[sample]:
+                torch.testing.assert_close(told[sample, y, x], wanted, atol=2e-3, rtol=0)
+    often = times[times > 0]
+    assert len(often) > 15
+    assert often.std() < 0.2 * often.mean()
+    assert absent > 0
+
+
+def lookups(condition: Condition, cells: int) -> torch.Tensor:
+    """The finest tokens looked up at the cells of level 5 of each image."""
+    gy, gx = condition.grid
+    finest = condition.values[:, : gy * gx].unflatten(1, (gy, gx)).permute(0, 3, 1, 2)
+    centres = ((torch.arange(cells) + 0.5) * 32.0).expand(len(finest), -1)
+    first, pitch = condition.centres_px[:, 0], condition.footprints_px[:, 0]
+    return look_up(finest, first, pitch, centres, centres)
 
 
 @pytest.mark.parametrize("block", range(3))

@@ -20,7 +20,8 @@ TopAttention = Literal["operator", "softmax", "none"]
 class TopConfig:
     """The top block: all cells of one level of an image at once.
 
-    level: of its cells. width, depth: features and residual blocks of its network. attention: how
+    level: of its cells. window: side in cells of what is trained on at once; of a larger image it
+    is a part. width, depth: features and residual blocks of its network. attention: how
     cells attend to all tokens: by the papers' cross-attention operator, by softmax attention, or
     not; heads: of either. lookup: whether each cell also looks up the tokens at its place. share:
     part of the training time. evaluations: of the network when an image is generated.
@@ -28,6 +29,7 @@ class TopConfig:
 
     name: str = "T"
     level: int = 8
+    window: int = 16
     width: int = 64
     depth: int = 3
     heads: int = 4

@@ -27,6 +27,7 @@ from benchmarks.bench_costs import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from jobs.data import MOST_FOR_ONE
 from jobs.optimizer import make_optimizer
 from jobs.painting import Recipe, paint
 from model.cascade.config import CascadeConfig
@@ -39,7 +40,7 @@ from model.family import make_passes
 from model.generate import ArrayField, Estimator, Field, Pass
 from model.haar import up
 
-BATCH, CHANNELS, TOKEN_DIM = 8, 3, 128
+BATCH, CHANNELS, TOKEN_DIM, TOKEN_PX = 8, 3, 128, 256
 NAMES = ("T", "A", "B", "C")
 USUAL = 4096
 """Side of a region, by default."""
@@ -63,7 +64,7 @@ def gigaflops(work: Callable[[], object]) -> float:
 @dataclass(frozen=True)
 class BlockStep:
     """Training steps of one block on draws of an image, at the places that the design names, with
-    all tokens of 256 px of it.
+    the tokens of 256 px that a window is told of.
     """
 
     name: str
@@ -74,13 +75,13 @@ class BlockStep:
     preset: str = "tiny"
 
     def draw(self, config: CascadeConfig) -> TopDraw | BlockDraw:
-        image, cells = Extent(self.side, self.side), self.side >> config.top.level
+        image, samples = Extent(self.side, self.side), self.samples(config)
         if self.name == config.top.name:
-            values = torch.randn(self.batch, CHANNELS, cells, cells)
+            values = torch.randn(samples, CHANNELS, *self.shape(config)[1])
             return TopDraw(values, torch.ones_like(values[:, :1]))
         number = config.names.index(self.name) - 1
         block, design, margin = config.blocks[number], CascadeDesign(), config.margin
-        drawn = [design.draw(image, (0, n, 0))[number][0] for n in range(self.batch)]
+        drawn = [design.draw(image, (0, n, 0))[number][0] for n in range(samples)]
         h, w = design.blocks[number].shape(image)
         origins, extent = torch.from_numpy(np.stack(drawn)), self.side >> block.parents
         rows, columns = (
@@ -91,20 +92,42 @@ class BlockStep:
         present = (there[0][:, :, None] & there[1][:, None, :]).float()[:, None]
         inner = slice(margin, -margin)
         y_px, x_px = ((n[:, inner] + 0.5) * 2.0**block.parents for n in (rows, columns))
-        parents = torch.randn(self.batch, CHANNELS, h + 2 * margin, w + 2 * margin)
-        details = torch.randn(self.batch, CHANNELS, h << block.octaves, w << block.octaves)
+        parents = torch.randn(samples, CHANNELS, h + 2 * margin, w + 2 * margin)
+        details = torch.randn(samples, CHANNELS, h << block.octaves, w << block.octaves)
         values = details + up(parents[..., inner, inner], block.octaves)
         return BlockDraw(values, parents, present, present[..., inner, inner], y_px, x_px)
 
+    def shape(self, config: CascadeConfig) -> tuple[int, tuple[int, int]]:
+        """Side of a window, and what it is in this image, in parents or top cells."""
+        if self.name == config.top.name:
+            side = min(self.side >> config.top.level, config.top.window)
+            return config.top.window, (side, side)
+        block = CascadeDesign().blocks[config.names.index(self.name) - 1]
+        return block.window, block.shape(Extent(self.side, self.side))
+
+    def samples(self, config: CascadeConfig) -> int:
+        """In a batch, as `jobs.data.Batches.size`."""
+        window, (h, w) = self.shape(config)
+        return self.batch * min(window**2 // (h * w), MOST_FOR_ONE)
+
+    def told_px(self, config: CascadeConfig) -> int:
+        """Side of the square whose tokens a window is told of."""
+        side = self.shape(config)[1][0]
+        if self.name == config.top.name:
+            return side << config.top.level
+        block = config.blocks[config.names.index(self.name) - 1]
+        around = (-(-(side << block.parents) // TOKEN_PX) + 2) * TOKEN_PX
+        return min(around, self.side) if block.tokens else TOKEN_PX
+
     def ready(self) -> "ReadyStep":
         net, device = denoiser(self.side, self.preset), torch.device(self.device)
-        objective = BlockObjective(net, self.name).to(device)
+        objective, samples = BlockObjective(net, self.name).to(device), self.samples(net.config)
         return ReadyStep(
             objective,
             self.draw(net.config).to(device),
-            tokens(self.batch, self.side).to(device),
-            torch.arange(self.batch, device=device),
-            ((torch.arange(self.batch) + 0.5) / self.batch).to(device),
+            tokens(samples, self.told_px(net.config)).to(device),
+            torch.arange(samples, device=device),
+            ((torch.arange(samples) + 0.5) / samples).to(device),
             self.bf16,
         )
 
@@ -199,9 +222,8 @@ def sides_of(name: str, rounds: int) -> dict[int, tuple[float, float, float]]:
 
 @pytest.mark.timeout(3600)
 def test_a_training_step_is_flat_in_the_side_of_the_image() -> None:
-    """T has (side / 256)² cells and grows with the image, A has less than a whole window below
-    2048². The mixture weights blocks by the steps that they take in their shares of the time at
-    4096².
+    """Of images smaller than a window a batch holds more. The mixture weights blocks by the steps
+    that they take in their shares of the time at 4096².
     """
     config, design, rows = denoiser(USUAL).config, CascadeDesign(), []
     for side in SIDES:
@@ -209,7 +231,7 @@ def test_a_training_step_is_flat_in_the_side_of_the_image() -> None:
         rows.append((f"{side}²: {design.describe(image)}", f"{design.num_values(image)} values"))
     cost = {}
     for name in NAMES:
-        found = in_a_process_of_its_own(sides_of, name, 2 if name == "T" else 8)
+        found = in_a_process_of_its_own(sides_of, name, 8)
         cost[name] = {side: found[side][0] for side in SIDES}
         for side, (seconds, extra, peak) in found.items():
             per_minute = 60 * config.shares[name] / seconds
