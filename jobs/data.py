@@ -43,7 +43,7 @@ from pipeline.packfile import (
 
 PREFETCHED = 2
 MOST_FOR_ONE = 16
-"""Small samples in place of a whole window of cells; reading them costs time, too."""
+"""Reading them costs time, too."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Batches:
     whether samples are turned and mirrored. part: of a cascade, 0 for its top block, k for its
     k-th block of octaves; None where draws are whole. tokens: whether the part reads any.
     top_window: cells a side of a top lattice that are trained on at once, of a larger one a
-    window; None for all of it.
+    window; None for all of it. most_for_one: samples of a small region in place of one window.
     """
 
     packs: PackSet
@@ -142,6 +142,7 @@ class Batches:
     part: int | None = None
     tokens: bool = True
     top_window: int | None = None
+    most_for_one: int = MOST_FOR_ONE
 
     def __post_init__(self) -> None:
         if not self._entries:
@@ -150,7 +151,7 @@ class Batches:
     @cached_property
     def size(self) -> int:
         """Samples in a global batch: of regions smaller than a window as many more as have the
-        same number of cells, so that a step costs the same; at most `MOST_FOR_ONE` for one.
+        same number of cells, so that a step costs the same.
         """
         if self.part is None:
             return self.batch
@@ -160,7 +161,7 @@ class Batches:
         else:
             layout = self.packs.windows(self.part - 1)
             window, (h, w) = layout.block.window, layout.shape
-        return self.batch * min(window**2 // (h * w), MOST_FOR_ONE)
+        return self.batch * min(window**2 // (h * w), self.most_for_one)
 
     @property
     def _top_level(self) -> int:

@@ -2,7 +2,7 @@
 
 Of a cascade: windows of every block, top to bottom from the coarsest, in pairs of the real window
 and the one that the block generates under its true parents. Of the others a region that is not
-trained on, if there is any: on the left as its packs know it (its lattice, cells of 32 px), on the
+trained on, if there is any: on the left as its packs know it (the cells of its lattice), on the
 right generated after its tokens; patch diffusion generates its corner, a diffusion autoencoder the
 region after the vector that it makes of a draw.
 """
@@ -56,7 +56,9 @@ def _blocks(
     split, rows = held_out_split(packs), []
     for part, block in enumerate(denoiser.blocks.values()):
         assert isinstance(block, CascadeBlock)
-        batches = Batches(packs, PAIRS, 0, 0.0, augment=False, split=split, part=part)
+        batches = Batches(
+            packs, PAIRS, 0, 0.0, augment=False, split=split, part=part, most_for_one=1
+        )
         batch = batches.at(0).to(device)
         real, generated = batch.draw.values, generated_windows(block, batch)
         tiles = [

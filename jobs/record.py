@@ -22,7 +22,8 @@ SPLIT_NAMES = {"val": "validation", "test": "test", "train": "training"}
 @dataclass(frozen=True)
 class RunState:
     """Where a run stands: `checkpoint` is what to resume from, `seconds` the training so far,
-    `parts` the steps and seconds of every part of the denoiser that is trained on its own.
+    `cpu_seconds` what that took of all cores of the first rank, `parts` the steps and seconds of
+    every part of the denoiser that is trained on its own.
     """
 
     status: str
@@ -34,6 +35,7 @@ class RunState:
     restarts: int
     job_id: str | None
     parts: dict[str, list[int | float]] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
 
     @property
     def host_and_process(self) -> tuple[str, str]:

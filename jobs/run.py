@@ -137,6 +137,7 @@ class Run:
             owner=self.owner,
             heartbeat=time.time(),
             seconds=before.seconds if before else 0.0,
+            cpu_seconds=before.cpu_seconds if before else 0.0,
             checkpoint=before.checkpoint if before else None,
             parts=before.parts if before else {},
             restarts=before.restarts + 1 if before else 0,

@@ -51,6 +51,21 @@ class Training:
     precision: str
 
 
+class CpuClock:
+    """CPU seconds of all threads of this process while it runs: nothing is trained while it is
+    stopped, since measurements that run beside training are at most 3 % of it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.started = 0.0, 0.0
+
+    def start(self) -> None:
+        self.started = time.process_time()
+
+    def stop(self) -> None:
+        self.seconds += time.process_time() - self.started
+
+
 def num_lanes(ranks: Ranks, blocks: Sequence[str], shares: Mapping[str, float]) -> int:
     """How many parts are trained at once: no more than keep busy while each has its share."""
     if ranks.world > 1 or ranks.device.type != "cpu":
@@ -121,6 +136,7 @@ class Trainer:
         ]
         # A signal is told to this process; stopping is what all ranks have agreed on.
         self.told = self.stopping = self.superseded = False
+        self.cpu = CpuClock()
         self.beat = time.monotonic()
 
     def _part(
@@ -132,7 +148,7 @@ class Trainer:
             training.batch,
             seed,
             training.condition_dropout,
-            training.augment,
+            training.augment and self._turned(place),
             part=place,
             tokens=self._reads_tokens(place),
             top_window=self._top_window,
@@ -157,6 +173,13 @@ class Trainer:
             None if place is None or self.ranks.rank else self._held_out(place),
         )
 
+    def _turned(self, place: int | None) -> bool:
+        """Whether samples of the part of this number are turned and mirrored."""
+        config = self.denoiser.config
+        return (
+            place is None or not isinstance(config, CascadeConfig) or config.sequence[place].turned
+        )
+
     def _reads_tokens(self, place: int | None) -> bool:
         """Whether the part of this number reads tokens."""
         config = self.denoiser.config
@@ -167,7 +190,7 @@ class Trainer:
     @property
     def _top_window(self) -> int | None:
         config = self.denoiser.config
-        return config.top.window if isinstance(config, CascadeConfig) else None
+        return config.top.training_side if isinstance(config, CascadeConfig) else None
 
     def _held_out(self, place: int) -> tuple[Batch, str]:
         """Windows that were not trained on, where there are any, always the same."""
@@ -202,6 +225,7 @@ class Trainer:
         if self.ranks.rank == 0:
             self.run.forget_metrics_after(self.step)
         handler = signal.signal(signal.SIGTERM, self._stop)
+        self.cpu.start()
         try:
             with self._threads(), console.counter(total=PERMILLE, desc="train") as count:
                 self._train(save_every, log_every, count)
@@ -353,6 +377,7 @@ class Trainer:
         return f"; error of F on {of} regions (1 is the linear estimate): {errors}"
 
     def _save(self, status: str) -> None:
+        self.cpu.stop()
         step, folder = self.step, self.run.checkpoint_folder(self.step)
         self._write(self.run.check_owner)
         self._agree()
@@ -369,6 +394,7 @@ class Trainer:
                 status=status,
                 step=step,
                 seconds=self.seconds,
+                cpu_seconds=round(self.cpu.seconds, 2),
                 checkpoint=folder.name,
                 parts={part.name: [part.step, part.seconds] for part in self.parts},
             )
@@ -377,8 +403,10 @@ class Trainer:
 
         self._write(write)
         self._agree()
+        self.cpu.start()
 
     def _resume(self, before: RunState) -> None:
+        self.cpu.seconds = before.cpu_seconds
         folder = self.run.own_engine_state(str(before.checkpoint))
         for part in self.parts:
             loaded, _ = part.engine.load_checkpoint(str(folder), tag=part.name)

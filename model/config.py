@@ -155,25 +155,32 @@ def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
     """The configuration with fields changed by name=value, as on a command line; sizes are comma
     separated, and a field of a block of a cascade is BLOCK.NAME.
     """
+    values: dict[str, dict[str, Any]] = {}
     for change in changes:
         path, _, text = change.partition("=")
         block, dot, name = path.rpartition(".")
-        if not dot:
-            config = _with(config, name, text, change)
-            continue
-        if not isinstance(config, CascadeConfig) or block not in config.names:
-            names = ", ".join(config.names) if isinstance(config, CascadeConfig) else "none"
-            raise ValueError(f"{change!r} names a block of this preset, whose blocks are: {names}")
-        if block == config.top.name:
-            config = replace(config, top=_with(config.top, name, text, change))
-            continue
-        blocks = (_with(b, name, text, change) if b.name == block else b for b in config.blocks)
-        config = replace(config, blocks=tuple(blocks))
-    return config
+        target: Any = config
+        if dot:
+            known = config.sequence if isinstance(config, CascadeConfig) else ()
+            target = next((each for each in known if each.name == block), None)
+            if target is None:
+                names = ", ".join(each.name for each in known) or "none"
+                raise ValueError(
+                    f"{change!r} names a block of this preset, whose blocks are: {names}"
+                )
+        values.setdefault(block, {})[name] = _value(target, name, text, change)
+    # All at once: two fields may suit each other, and neither the other's old value.
+    if isinstance(config, CascadeConfig):
+        config = replace(
+            config,
+            top=replace(config.top, **values.pop(config.top.name, {})),
+            blocks=tuple(replace(b, **values.pop(b.name, {})) for b in config.blocks),
+        )
+    return replace(config, **values.pop("", {}))
 
 
-def _with(config: Any, name: str, text: str, change: str) -> Any:
-    """A configuration with one field changed."""
+def _value(config: Any, name: str, text: str, change: str) -> Any:
+    """What a field of a configuration is changed to."""
     known: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
     offered = [n for n, value in known.items() if n not in FIXED and _is_plain(value)]
     if "=" not in change or name not in offered:
@@ -186,13 +193,12 @@ def _with(config: Any, name: str, text: str, change: str) -> Any:
     if choices is not None and text not in choices:
         raise ValueError(f"{name} {text!r} does not exist; choose one of {', '.join(choices)}")
     try:
-        value = _parsed(text, known[name])
+        return _parsed(text, known[name])
     except ValueError as error:
         raise ValueError(
             f"{name} is {known[name]!r} in this preset, so it takes a value of that kind, not "
             f"{text!r}"
         ) from error
-    return replace(config, **{name: value})
 
 
 def _is_plain(value: Any) -> bool:

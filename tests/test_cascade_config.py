@@ -16,7 +16,7 @@ from model.family import generated_level, make_denoiser, shares
 TINY = preset("tiny", channels=3, token_dim=1024)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("tiny", 3.6), ("small", 33), ("brush", 450)])
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 4.6), ("small", 33), ("brush", 450)])
 def test_presets_have_the_size_they_claim(name: str, millions: float) -> None:
     with torch.device("meta"):
         config = preset(name, channels=3, token_dim=1024)
@@ -52,21 +52,29 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
     found = changed(
         TINY,
         [
-            *("B.widths=64,112,160", "B.depths=1,1,3", "T.attention=softmax", "T.lookup=false"),
+            *(
+                "B.widths=64,96,112,160",
+                "B.depths=1,1,1,3",
+                "T.attention=softmax",
+                "T.lookup=false",
+            ),
             *("parents_noise=0.1", "C.evaluations=20"),
         ],
     )
     assert isinstance(found, CascadeConfig) and isinstance(TINY, CascadeConfig)
     top, a, b, c = found.sequence
     assert isinstance(top, TopConfig) and isinstance(b, BlockConfig)
-    assert (b.widths, b.depths, c.evaluations) == ((64, 112, 160), (1, 1, 3), 20)
+    assert (b.widths, b.depths, c.evaluations) == ((64, 96, 112, 160), (1, 1, 1, 3), 20)
     assert (top.attention, top.lookup, found.parents_noise) == ("softmax", False, 0.1)
+    # Fields that suit each other alone are changed together.
+    patched = changed(TINY, ["B.place=4", "B.widths=64,96,128", "B.depths=1,1,2"])
+    assert isinstance(patched, CascadeConfig) and patched.blocks[1].place == 4
     # Nothing else.
     assert a == A
     assert changed(found, ["parents_noise=0.08"]) != TINY
     back = [
-        *("B.widths=48,96,128", "B.depths=1,1,2", "T.attention=operator", "T.lookup=true"),
-        *("parents_noise=0.08", f"C.evaluations={TINY.blocks[2].evaluations}"),
+        *("B.widths=48,96,128,160", "B.depths=1,1,1,2", "T.attention=operator"),
+        *("T.lookup=true", "parents_noise=0.08", f"C.evaluations={TINY.blocks[2].evaluations}"),
     ]
     assert changed(found, back) == TINY
 
@@ -77,8 +85,8 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
         ("D.widths=8", "whose blocks are: T, A, B, C"),
         ("B.colour=8", "changes no field of this preset; write NAME=VALUE .* one of place, wid"),
         ("B.widths=8,x,8", "so it takes a value of that kind, not '8,x,8'"),
-        ("B.widths=8,16", "has 2 widths and 3 depths; give one of each"),
-        ("B.place=4", "the coarsest of 16 cells, but a parent has 8; make them equal"),
+        ("B.widths=8,16", "has 2 widths and 4 depths; give one of each"),
+        ("B.place=4", "the coarsest of 32 cells, but a parent has 16; make them equal"),
         ("T.attention=lookup", "'lookup' does not exist; choose one of operator, softmax, none"),
         ("T.heads=5", "a width of 64 does not divide into 5 heads"),
         ("T.level=7", "changes no field of this preset"),
@@ -93,8 +101,8 @@ def test_what_is_no_cascade_is_a_sentence(change: str, sentence: str) -> None:
 
 
 def test_blocks_join_down_to_the_pixel() -> None:
-    assert [block.octaves for block in TINY.blocks] == [3, 3, 2]
-    assert [generated_level(TINY, level) for level in range(9)] == [0, 0, 2, 2, 2, 5, 5, 5, 5]
+    assert [block.octaves for block in TINY.blocks] == [2, 4, 2]
+    assert [generated_level(TINY, level) for level in range(9)] == [0, 0, 2, 2, 2, 2, 6, 6, 6]
     with pytest.raises(ValueError, match="from level 2 to 5, but a block goes from coarse"):
         BlockConfig("A", 2, 5, 2, (8,), (1,))
     with pytest.raises(ValueError, match="takes parents of level 8, but the block before it"):
@@ -111,7 +119,7 @@ def test_draws_and_pictures_that_do_not_suit_are_refused() -> None:
     with pytest.raises(ValueError, match="needs --design cascade with windows 8x8 of level 8"):
         TINY.check_design(UniformDesign())
     other = CascadeDesign(
-        blocks=(WindowsBelow(5, 8, 4), WindowsBelow(2, 5, 8), WindowsBelow(0, 2, 32))
+        blocks=(WindowsBelow(6, 8, 4), WindowsBelow(2, 6, 4), WindowsBelow(0, 2, 32))
     )
     with pytest.raises(ValueError, match="pack again"):
         TINY.check_design(other)

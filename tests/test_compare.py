@@ -40,8 +40,9 @@ def score(name: str, **changes: object) -> dict[str, object]:
         "commit": "0" * 40,
         "parameters": 5_690_000,
         "minutes": 8.02,
+        "cpu_minutes": 15.9,
         "steps": 700,
-        "samples": 5600,
+        "batch": 8,
         "design": "patch",
         "images": 3,
         "seconds_per_image": 21.4,
@@ -53,12 +54,12 @@ def score(name: str, **changes: object) -> dict[str, object]:
 
 
 def test_the_table_says_every_number_with_its_floor_interval_and_n() -> None:
-    ours = score("ours", recipe={"steps": 20, "solver": "ddim", "guidance": 1.0}, design="cascade")
+    ours = score("ours", recipe={"solver": "ddim", "guidance": 1.0}, design="cascade")
     facts = {"hardware": "two cores", "minutes": 8, "size_px": 1024}
     table = to_markdown({**facts, "contestants": [ours, score("patch")]})
     rows = [line for line in table.splitlines() if line.startswith("| patch")]
     assert rows == [
-        "| patch (`patch`) | 5.7M | 8.0 min, 700 steps, 5600 samples | 21 | "
+        "| patch (`patch`) | 5.7M | 8.0 min, 15.9 CPU min, 700 steps of 8 | 21 | "
         "123.5 [101.2, 149.5] | 21.5 (n = 48) | 0.0125 (interval not known) | 0.0005 | 48, 96 |",
         "| patch | -1.00 | – |",
     ]
@@ -66,6 +67,7 @@ def test_the_table_says_every_number_with_its_floor_interval_and_n() -> None:
     assert "Commit 000000000000." in table
     assert "guidance 1.5, windows overlapping by 0.5 (published: 0.75)" in table
     assert table.count("overlapping") == 1
+    assert "20 steps of ddim" in table and "the preset's own steps of ddim" in table
     assert "no headline number" not in table
     own = {**METRICS, "features": {**METRICS["features"], "conditions_images": True}}
     table = to_markdown({**facts, "contestants": [score("a", metrics=own), score("b")]})

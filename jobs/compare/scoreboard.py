@@ -56,8 +56,9 @@ def read_score(contestant: Contestant, folder: Path, comparison: Comparison) -> 
         "preset": contestant.preset,
         "parameters": sum(sizes),
         "minutes": state.seconds / 60,
+        "cpu_minutes": state.cpu_seconds / 60,
         "steps": state.step,
-        "samples": state.step * int(config.training["batch"]),
+        "batch": int(config.training["batch"]),
         "design": config.packs.design,
         "images": len(records),
         "seconds_per_image": sum(seconds) / len(seconds),
@@ -104,7 +105,8 @@ def _row(score: Mapping[str, Any]) -> str:
     cells = [
         f"{score['name']} (`{score['preset']}`)",
         f"{score['parameters'] / 1e6:.1f}M",
-        f"{score['minutes']:.1f} min, {score['steps']} steps, {score['samples']} samples",
+        f"{score['minutes']:.1f} min, {score['cpu_minutes']:.1f} CPU min, {score['steps']} steps "
+        f"of {score['batch']}",
         f"{score['seconds_per_image']:.0f}",
     ]
     for name in ("crop_fid", "kid"):
@@ -124,8 +126,9 @@ def _recipe(score: Mapping[str, Any]) -> str:
     overlap = recipe.get("overlap")
     windows = "" if overlap is None else f", windows overlapping by {overlap:g} (published: 0.75)"
     eta = f" with eta {recipe['eta']:g}" if "eta" in recipe else ""
+    steps = f"{recipe['steps']} steps" if "steps" in recipe else "the preset's own steps"
     return (
-        f"- {score['name']}: draws `{score['design']}`; {recipe['steps']} steps of "
+        f"- {score['name']}: draws `{score['design']}`; {steps} of "
         f"{recipe['solver']}{eta}, guidance {recipe['guidance']:g}{windows}; train "
         f"`{' '.join(score['options']['train'])}`"
     )

@@ -57,12 +57,12 @@ class CascadeDesign:
     points: int = 65_536
     coarse_level: int = 8
     blocks: tuple[WindowsBelow, ...] = (
-        WindowsBelow(5, 8, 8),
-        WindowsBelow(2, 5, 8),
+        WindowsBelow(6, 8, 8),
+        WindowsBelow(2, 6, 4),
         WindowsBelow(0, 2, 32),
     )
     margin: int = 3
-    parts: tuple[float, ...] = (0.28, 0.42, 0.3)
+    parts: tuple[float, ...] = (0.16, 0.5, 0.34)
 
     lattice = True
 

@@ -100,8 +100,8 @@ class BlockStep:
     def shape(self, config: CascadeConfig) -> tuple[int, tuple[int, int]]:
         """Side of a window, and what it is in this image, in parents or top cells."""
         if self.name == config.top.name:
-            side = min(self.side >> config.top.level, config.top.window)
-            return config.top.window, (side, side)
+            side = min(self.side >> config.top.level, config.top.training_side)
+            return config.top.training_side, (side, side)
         block = CascadeDesign().blocks[config.names.index(self.name) - 1]
         return block.window, block.shape(Extent(self.side, self.side))
 
