@@ -43,7 +43,7 @@ from pipeline.packfile import (
 
 PREFETCHED = 2
 MOST_FOR_ONE = 16
-"""Reading them costs time, too."""
+"""Samples of a small region in place of one window, at most: reading them costs time, too."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Batches:
             return self.batch
         if self.part == 0:
             side = self._top_side
-            window, (h, w) = self.top_window or side, (side, side)
+            window, (h, w) = side if self.top_window is None else self.top_window, (side, side)
         else:
             layout = self.packs.windows(self.part - 1)
             window, (h, w) = layout.block.window, layout.shape
@@ -172,7 +172,7 @@ class Batches:
     def _top_side(self) -> int:
         """Of a sample of the top block, in cells."""
         whole = self.packs.settings.side_px >> self._top_level
-        return min(whole, self.top_window or whole)
+        return whole if self.top_window is None else min(whole, self.top_window)
 
     @cached_property
     def _entries(self) -> list[RegionEntry]:
@@ -268,29 +268,31 @@ class Batches:
     def _top_window(
         self, sample: Sample, lattice: UInt16[np.ndarray, "hl wl c"], random: np.random.Generator
     ) -> Sample:
-        """A window of a top lattice with the tokens around it, as an image of its own. It takes
-        every place that touches the lattice with equal probability; cells outside are absent.
+        """A window of a top lattice with the tokens around it. Places are drawn as if it could
+        stick out, then it is moved inside: T never meets absent cells when an image is generated.
+        So cells near a border are drawn up to twice as often, in a corner up to four times.
         """
         side, extent = self._top_side, lattice.shape[0]
         if side == extent:
             return sample
         level = self._top_level
-        y, x = (int(start) for start in random.integers(1 - side, extent, size=2))
-        cut = np.full((side, side, lattice.shape[2]), ABSENT, np.uint16)
-        top, left = max(y, 0), max(x, 0)
-        inside = lattice[top : y + side, left : x + side]
-        cut[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = inside
-        corner_px, side_px = (y << level, x << level), side << level
-        seen = (around(tokens, corner_px, side_px) for tokens in sample.tokens)
-        tokens = [found.seen_from(corner_px) for found in seen]
-        return replace(sample, drawn=DrawnTop(cut), tokens=tokens)
+        y, x = (
+            int(start) for start in random.integers(1 - side, extent, 2).clip(0, extent - side)
+        )
+        corner_px = (y << level, x << level)
+        return replace(
+            sample,
+            drawn=DrawnTop(lattice[y : y + side, x : x + side], (y, x)),
+            tokens=[around(tokens, corner_px, side << level) for tokens in sample.tokens],
+        )
 
     def draw(self, drawn: Sequence[Drawn]) -> Draw:
         """Draws of one kind, standardised and collated."""
         tops = [d for d in drawn if isinstance(d, DrawnTop)]
         if tops:
             values, present = self._standardise([d.lattice for d in tops])
-            return TopDraw(_channels_first(values), _channels_first(present).float())
+            origin = torch.tensor([d.origin for d in tops])
+            return TopDraw(_channels_first(values), _channels_first(present).float(), origin)
         windows = [d for d in drawn if isinstance(d, DrawnWindow)]
         if windows:
             return self._block_draw(windows)

@@ -89,7 +89,7 @@ def generated_windows(block: CascadeBlock, batch: Batch) -> Float[Tensor, "b c h
             assert not isinstance(tokens, Tokens)
             return body(observed, parents, tokens, levels)
         assert isinstance(draw, TopDraw) and isinstance(tokens, Tokens)
-        return body(observed, draw.present, tokens, levels)
+        return body(observed, draw.present, tokens, levels, draw.origin)
 
     solver, (first, last) = DPMSolverPP2M(), block.log_snr_range()
     u = noise * 2.0**-level * (1 + math.exp(first)) ** -0.5

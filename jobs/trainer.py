@@ -52,8 +52,8 @@ class Training:
 
 
 class CpuClock:
-    """CPU seconds of all threads of this process while it runs: nothing is trained while it is
-    stopped, since measurements that run beside training are at most 3 % of it.
+    """CPU seconds of all threads of this process between `start` and `stop`. What measures the
+    held-out error is counted, checkpoints and previews are not.
     """
 
     def __init__(self) -> None:

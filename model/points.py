@@ -100,3 +100,12 @@ def full_lattice(height_px: int, width_px: int, batch: int = 1, level: int = 0) 
     x = torch.arange(w).repeat(batch * h)
     sizes = torch.tensor([[height_px, width_px]]).expand(batch, 2).contiguous()
     return Points(image, torch.full_like(image, level), y, x, sizes)
+
+
+def window_lattice(shape: tuple[int, int], origin: Int64[Tensor, "b 2"], level: int) -> Points:
+    """Every cell of windows of `shape` cells of one level, each in an image that ends with it."""
+    (h, w), batch = shape, len(origin)
+    points = full_lattice(h << level, w << level, batch, level)
+    sizes = points.sizes_px + (origin << level)
+    y, x = points.y + origin[points.image, 0], points.x + origin[points.image, 1]
+    return replace(points, y=y, x=x, sizes_px=sizes)

@@ -16,7 +16,7 @@ nothing.
 
 On the exact denoiser of a Gaussian field with the octaves of H&E, a block of the cascade at a
 time, 20 steps leave every octave's variance 0.1 dB too large with 2M, 0.8 to 1.0 dB too small with
-DDIM and 1.5 to 1.8 dB with ancestral steps, which need 40 and 75 for 0.5 dB. The larger variance
+DDIM and 1.4 to 1.8 dB with ancestral steps, which need 40 and 75 for 0.5 dB. The larger variance
 beta_t that Ho et al. also tried leaves -1.8 dB in coarse octaves at 20 steps and +1.5 dB in the
 finest, measured with all octaves of a region together: not offered.
 """

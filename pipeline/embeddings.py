@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,6 @@ class TokenLattice:
     footprint_px: int
     y_px: float
     x_px: float
-
-    def seen_from(self, corner_px: tuple[int, int]) -> TokenLattice:
-        """The same tokens, their places counted from another corner."""
-        return replace(self, y_px=self.y_px - corner_px[0], x_px=self.x_px - corner_px[1])
 
 
 class Embeddings:

@@ -214,9 +214,10 @@ def window_layouts(design: CascadeDesign, image: Extent, channels: int) -> list[
 
 @dataclass(frozen=True)
 class DrawnTop:
-    """The top lattice of a region, fixed point."""
+    """The top lattice of a region or a window of it, fixed point; origin: its first cell."""
 
     lattice: UInt16[np.ndarray, "hl wl c"]
+    origin: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

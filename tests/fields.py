@@ -90,7 +90,8 @@ def levels_of(image: Float[Tensor, "b h w c"], coarse: int) -> list[Float[Tensor
 def top_draw(image: Float[Tensor, "b c h w"], level: int = CONFIG.top.level) -> TopDraw:
     """The top lattice of images whose every cell is valid."""
     values = means(image, level)
-    return TopDraw(values, torch.ones_like(values[:, :1]))
+    origin = torch.zeros(len(values), 2, dtype=torch.int64)
+    return TopDraw(values, torch.ones_like(values[:, :1]), origin)
 
 
 def window_of(

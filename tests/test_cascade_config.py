@@ -89,6 +89,7 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
         ("B.place=4", "the coarsest of 32 cells, but a parent has 16; make them equal"),
         ("T.attention=lookup", "'lookup' does not exist; choose one of operator, softmax, none"),
         ("T.heads=5", "a width of 64 does not divide into 5 heads"),
+        ("T.training_side=0", "windows of one cell or more, not 0"),
         ("T.level=7", "changes no field of this preset"),
         ("B.window=16", "changes no field of this preset"),
         ("channels=4", "changes no field of this preset"),

@@ -59,7 +59,7 @@ def test_the_table_says_every_number_with_its_floor_interval_and_n() -> None:
     table = to_markdown({**facts, "contestants": [ours, score("patch")]})
     rows = [line for line in table.splitlines() if line.startswith("| patch")]
     assert rows == [
-        "| patch (`patch`) | 5.7M | 8.0 min, 15.9 CPU min, 700 steps of 8 | 21 | "
+        "| patch (`patch`) | 5.7M | 8.0 min, 15.9 CPU min, 700 steps, batch 8 | 21 | "
         "123.5 [101.2, 149.5] | 21.5 (n = 48) | 0.0125 (interval not known) | 0.0005 | 48, 96 |",
         "| patch | -1.00 | – |",
     ]
@@ -160,7 +160,8 @@ def test_a_small_comparison_ends_and_repeats_nothing(
     assert jobs.compare.main(command) == 0
     facts = json.loads((out / "compare.json").read_text())
     ours, patch = facts["contestants"]
-    assert [s["samples"] for s in (ours, patch)] == [4, 4]
+    assert [(s["steps"], s["batch"]) for s in (ours, patch)] == [(2, 2), (2, 2)]
+    assert min(ours["cpu_minutes"], patch["cpu_minutes"]) > 0
     assert ours["images"] == patch["images"] == len(facts["regions"]) == 2
     assert patch["recipe"]["overlap"] == 0.0
     # Each computes as suits its layers; only patches overlap.

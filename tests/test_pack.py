@@ -171,8 +171,8 @@ def test_a_sample_reads_its_own_bytes_only(chain: Chain, monkeypatch: pytest.Mon
         return payload
 
     monkeypatch.setattr(packs, "_range", counted)
-    for block, fine in enumerate((8, 64, 128)):
-        parents = (1, 8, 32)[block]
+    for block, fine in enumerate((4, 64, 128)):
+        parents = (1, 4, 32)[block]
         packs.window(packs.regions[0], 1, block, 0)
         expected = 3 * fine**2 + 3 * (parents + 6) ** 2 + parents**2
         assert read.pop() == 2 * expected and not read

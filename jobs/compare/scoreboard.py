@@ -105,8 +105,8 @@ def _row(score: Mapping[str, Any]) -> str:
     cells = [
         f"{score['name']} (`{score['preset']}`)",
         f"{score['parameters'] / 1e6:.1f}M",
-        f"{score['minutes']:.1f} min, {score['cpu_minutes']:.1f} CPU min, {score['steps']} steps "
-        f"of {score['batch']}",
+        f"{score['minutes']:.1f} min, {score['cpu_minutes']:.1f} CPU min, {score['steps']} steps, "
+        f"batch {score['batch']}",
         f"{score['seconds_per_image']:.0f}",
     ]
     for name in ("crop_fid", "kid"):

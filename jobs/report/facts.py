@@ -149,7 +149,7 @@ def training_facts(material: Material) -> Facts:
         facts += [
             ("status", f"{state.status} at step {number(state.step)}"),
             ("training time", seconds(state.seconds)),
-            ("CPU time of the training", seconds(state.cpu_seconds)),
+            *([("CPU time of it", seconds(state.cpu_seconds))] if state.cpu_seconds else []),
             ("restarts", number(state.restarts)),
         ]
     if len(parts := material.progress.parts) > 1:

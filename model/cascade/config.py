@@ -46,6 +46,10 @@ class TopConfig:
                 f"attention {self.attention!r} does not exist; choose "
                 f"{', '.join(get_args(TopAttention))}"
             )
+        if self.training_side < 1:
+            raise ValueError(
+                f"a top block is trained on windows of one cell or more, not {self.training_side}"
+            )
         if self.width % self.heads:
             raise ValueError(f"a width of {self.width} does not divide into {self.heads} heads")
 

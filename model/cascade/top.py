@@ -5,7 +5,8 @@ noise; every mode of the cosine basis is preconditioned at its own log-SNR (see 
 
     x0_hat = D^-1 [ c_skip D y + c_out D F(D^-1 c_in D y, ...) ],    D the cosine transform.
 
-The network is global. Each cell looks up the tokens at its place, and attends to all tokens,
+The network is global; it is trained on windows of a few hundred cells, and knows their places in
+the image. Each cell looks up the tokens at its place, and attends to all tokens,
 wherever they are, by the papers' cross-attention operator (GNOT; `point_attention`), so that
 distant places, coarser tokens, a label or a global vector can speak too. Without tokens the layout
 is drawn from what was seen in training.
@@ -13,7 +14,7 @@ is drawn from what was seen in training.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from model.attention import Tokens
@@ -21,7 +22,7 @@ from model.blocks import LevelEmbedding
 from model.cascade.config import CascadeConfig
 from model.cascade.network import EMBEDDED, Conv, ResidualBlock
 from model.point_attention import make_point_attention
-from model.points import full_lattice
+from model.points import window_lattice
 from model.process import Octaves, preconditioning_factors
 from model.wiener import cosine_basis, mode_offsets
 
@@ -59,15 +60,20 @@ class TopNet(nn.Module):
         present: Float[Tensor, "b 1 h w"],
         tokens: Tokens,
         log_snr: Float[Tensor, " b"],
+        origin: Int64[Tensor, "b 2"] | None,
     ) -> Float[Tensor, "b c h w"]:
         b, _, h, w = seen.shape
+        first = torch.zeros(b, 2, dtype=torch.int64) if origin is None else origin.cpu()
         embedding = self.embedding(log_snr)
         x = self.stem(torch.cat([seen * present, present], dim=1))
         if self.token is not None:
-            y_px, x_px = (cell_centres(n, self.level, seen).expand(b, -1) for n in (h, w))
+            y_px, x_px = (
+                cell_centres(n, self.level, seen) + (start.to(seen) * 2.0**self.level)[:, None]
+                for n, start in zip((h, w), first.unbind(1), strict=True)
+            )
             found = tokens.at(torch.arange(b, device=seen.device), y_px, x_px)
             x = x + self.token(found.permute(0, 3, 1, 2))
-        points = full_lattice(h << self.level, w << self.level, b, self.level).to(seen.device)
+        points = window_lattice((h, w), first, self.level).to(seen.device)
         for i, block in enumerate(self.blocks):
             x = block(x, embedding)
             if len(self.attention):
@@ -98,10 +104,11 @@ class TopDenoiser(nn.Module):
         present: Float[Tensor, "b 1 h w"],
         tokens: Tokens,
         log_snr: Float[Tensor, " b"],
+        origin: Int64[Tensor, "b 2"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """x0_hat."""
+        """x0_hat; origin: the first cell of each field, where it is a window of an image."""
         field = _Modes(self.octaves, self.level, observed, log_snr)
-        return field.estimate(self.correction(field, present, tokens, log_snr))
+        return field.estimate(self.correction(field, present, tokens, log_snr, origin))
 
     def loss(
         self,
@@ -110,10 +117,11 @@ class TopDenoiser(nn.Module):
         present: Float[Tensor, "b 1 h w"],
         tokens: Tokens,
         log_snr: Float[Tensor, " b"],
+        origin: Int64[Tensor, "b 2"] | None = None,
     ) -> Float[Tensor, "1"]:
         """Mean squared error of F over the cells of a batch; absent ones count as right."""
         field = _Modes(self.octaves, self.level, observed, log_snr)
-        error = self.correction(field, present, tokens, log_snr) - field.target(truth)
+        error = self.correction(field, present, tokens, log_snr, origin) - field.target(truth)
         return (error.square() * present).mean()[None]
 
     def correction(
@@ -122,10 +130,11 @@ class TopDenoiser(nn.Module):
         present: Float[Tensor, "b 1 h w"],
         tokens: Tokens,
         log_snr: Float[Tensor, " b"],
+        origin: Int64[Tensor, "b 2"] | None,
     ) -> Float[Tensor, "b c h w"]:
         seen = torch.cat([field.scaled, field.known], dim=1)
         middle = sum(self.offsets) / len(self.offsets)
-        return self.net(seen, present, tokens, log_snr + middle).to(field.scaled)
+        return self.net(seen, present, tokens, log_snr + middle, origin).to(field.scaled)
 
 
 class _Modes:

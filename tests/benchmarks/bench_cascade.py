@@ -78,7 +78,8 @@ class BlockStep:
         image, samples = Extent(self.side, self.side), self.samples(config)
         if self.name == config.top.name:
             values = torch.randn(samples, CHANNELS, *self.shape(config)[1])
-            return TopDraw(values, torch.ones_like(values[:, :1]))
+            origin = torch.zeros(samples, 2, dtype=torch.int64)
+            return TopDraw(values, torch.ones_like(values[:, :1]), origin)
         number = config.names.index(self.name) - 1
         block, design, margin = config.blocks[number], CascadeDesign(), config.margin
         drawn = [design.draw(image, (0, n, 0))[number][0] for n in range(samples)]
@@ -114,7 +115,8 @@ class BlockStep:
         """Side of the square whose tokens a window is told of."""
         side = self.shape(config)[1][0]
         if self.name == config.top.name:
-            return side << config.top.level
+            around = 2 * TOKEN_PX if self.side >> config.top.level > side else 0
+            return (side << config.top.level) + around
         block = config.blocks[config.names.index(self.name) - 1]
         around = (-(-(side << block.parents) // TOKEN_PX) + 2) * TOKEN_PX
         return min(around, self.side) if block.tokens else TOKEN_PX
