@@ -42,8 +42,10 @@ from pipeline.packfile import (
 )
 
 PREFETCHED = 2
-MOST_FOR_ONE = 16
-"""Samples of a small region in place of one window, at most: reading them costs time, too."""
+MOST_FOR_ONE = 4
+"""Samples of a small region in place of one window, at most: small stores are learned by heart
+where a batch holds most of them.
+"""
 
 
 @dataclass(frozen=True)

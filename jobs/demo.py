@@ -120,7 +120,7 @@ def demo(options: Demo) -> int:
         "pipeline.pack",
         [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
     )
-    images, training = out / "images", _train_arguments(options, packs, run)
+    images, training = out / "images", _train_arguments(options, packs, run, store.spec.region)
     if not progress.is_done("jobs.train", training):
         progress.forget_after("jobs.train")
         shutil.rmtree(images, ignore_errors=True)  # painted by other weights
@@ -210,11 +210,15 @@ def _formats(store: Store) -> list[str]:
     return ["ome-tiff", "tiff"] if rgb else ["ome-tiff"]
 
 
-def _train_arguments(options: Demo, packs: str, run: str) -> list[str]:
+def _train_arguments(options: Demo, packs: str, run: str, side_px: int) -> list[str]:
+    """Tissue of large regions keeps its directions in block B; small ones, of which there is
+    little, would be learned by heart unless they are turned.
+    """
+    large = ["--set", "B.turned=false"] if side_px >= SMALL_REGION_PX else []
     return [
         *(packs, "--run", run, "--preset", "tiny", "--max-minutes", str(options.train_minutes)),
         *("--steps", "1000000", "--batch", "8", "--warmup", "30", "--ema", "0.99"),
-        *("--save-every", "2000"),
+        *("--save-every", "2000", *large),
     ]
 
 

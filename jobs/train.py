@@ -73,8 +73,8 @@ class Train:
     condition_dropout: float = 0.1
     """How often a condition is dropped, for guidance."""
     augment: bool = True
-    """Regions are turned and mirrored, for blocks of a cascade that are `turned` (tiny: all but
-    B); --no-augment leaves them as they are."""
+    """Regions are turned and mirrored, but not for blocks of a cascade with --set
+    BLOCK.turned=false; --no-augment leaves all as they are."""
     zero: int = 0
     """DeepSpeed ZeRO stage: 0, 1 or 2; the latter with --optimizer adamw."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

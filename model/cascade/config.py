@@ -125,16 +125,7 @@ class BlockConfig:
 
 A = BlockConfig("A", 8, 6, 2, (96, 128), (1, 2), share=0.16, evaluations=16)
 B = BlockConfig(
-    "B",
-    6,
-    2,
-    2,
-    (48, 96, 128, 160),
-    (1, 1, 1, 2),
-    window=4,
-    turned=False,
-    share=0.46,
-    evaluations=20,
+    "B", 6, 2, 2, (48, 96, 128, 160), (1, 1, 1, 2), window=4, share=0.46, evaluations=20
 )
 C = BlockConfig(
     "C", 2, 0, 4, (64,), (3,), context=32, tokens=False, window=32, share=0.34, evaluations=16
@@ -253,7 +244,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top": TopConfig(width=128, depth=4),
         "blocks": (
             replace(A, widths=(192, 256), depths=(2, 2), context=128),
-            replace(B, widths=(128, 256, 352, 384), depths=(1, 1, 2, 2), context=128, turned=True),
+            replace(B, widths=(128, 256, 352, 384), depths=(1, 1, 2, 2), context=128),
             replace(C, widths=(160,), depths=(5,), context=64),
         ),
         "token_width": 256,
@@ -263,15 +254,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top": TopConfig(width=384, depth=8, heads=8),
         "blocks": (
             replace(A, widths=(512, 896), depths=(3, 4), context=256),
-            replace(
-                B, widths=(384, 768, 1024, 1344), depths=(2, 2, 2, 4), context=256, turned=True
-            ),
+            replace(B, widths=(384, 768, 1024, 1344), depths=(2, 2, 2, 4), context=256),
             replace(C, widths=(384,), depths=(6,), context=128),
         ),
         "token_width": 768,
         "embedding_width": 512,
     },
 }
-"""`tiny` (4.6 million parameters) trains on two CPU cores and few slides, whose tissue has
-directions that B keeps; `small` has 33, `brush` the published 450.
+"""`tiny` (4.6 million parameters) trains on two CPU cores, `small` has 33, `brush` the published
+450.
 """
