@@ -61,7 +61,7 @@ class Train:
     The weights of several such runs are joined by --init-from."""
     batch: int = 16
     """Draws in one step, over all ranks; of a cascade windows of a block, of regions smaller than
-    a window up to 16 times as many."""
+    a window up to 4 times as many."""
     optimizer: Literal["auto", "muon", "adamw"] = "auto"
     """auto is muon for cascades (Muon for matrices, AdamW for the rest), adamw otherwise."""
     learning_rate: float | None = None
