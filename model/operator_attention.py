@@ -14,7 +14,8 @@ initialisation its weights are several times flatter than those of softmax atten
 (`point_attention` has other ways to read the same tokens).
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,56 +58,57 @@ def accumulate(
     """
     keys, values = _at_least_float32(keys).softmax(dim=-1), _at_least_float32(values)
     weighted = keys if weights is None else keys * weights.to(keys)[:, None, None]
+    table = ByImage(image, batch)
+    weighted, values = table.rows(weighted).transpose(1, 2), table.rows(values).transpose(1, 2)
     with torch.autocast(keys.device.type, enabled=False):
-        parts = [
-            (weighted[rows].permute(1, 2, 0) @ values[rows].transpose(0, 1), weighted[rows].sum(0))
-            for rows in rows_of_images(image, batch)
-        ]
-    products, sums = zip(*parts, strict=True)
-    return AttentionSums(torch.stack(products), torch.stack(sums))
+        return AttentionSums(weighted.mT @ values, weighted.sum(dim=2))
 
 
 def apply(
     queries: Float[Tensor, "n heads d"], sums: Sequence[AttentionSums], image: Int64[Tensor, " n"]
 ) -> Float[Tensor, "n heads d"]:
     """z at points that attend to one or more sources; a source without tokens adds nothing."""
-    q = _at_least_float32(queries).softmax(dim=-1)
-    found = []
+    table = ByImage(image, len(sums[0].keys))
+    q = table.rows(_at_least_float32(queries).softmax(dim=-1)).transpose(1, 2)
+    z = q
     with torch.autocast(q.device.type, enabled=False):
-        for number, rows in enumerate(rows_of_images(image, len(sums[0].keys))):
-            mine = z = q[rows].transpose(0, 1)
-            for source in sums:
-                total = mine @ source.keys[number][..., None]
-                total = torch.where(total > 0, total, torch.ones_like(total))
-                z = z + mine @ source.keys_values[number] / total
-            found.append(z.transpose(0, 1))
-    return in_order(found, image).to(queries.dtype)
+        for source in sums:
+            total = q @ source.keys[..., None]
+            total = torch.where(total > 0, total, torch.ones_like(total))
+            z = z + q @ source.keys_values / total
+    return table.flat(z.transpose(1, 2)).to(queries.dtype)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _is_grouped(image: Int64[Tensor, " n"]) -> bool:
-    return bool((image[1:] >= image[:-1]).all())
+class ByImage:
+    """A flat list of the points of a batch as a table with a row for every image, filled up with
+    zeros where images have fewer points than others.
+    """
 
+    def __init__(self, image: Int64[Tensor, " n"], batch: int) -> None:
+        counts = torch.bincount(image, minlength=batch)
+        self.shape = batch, int(counts.max())
+        order = image.argsort(stable=True)
+        number = torch.arange(len(image), device=image.device)
+        place = torch.empty_like(image)
+        place[order] = number + (image * self.shape[1] - (counts.cumsum(0) - counts)[image])[order]
+        is_table = len(image) == math.prod(self.shape) and bool((place == number).all())
+        self.place = None if is_table else place
 
-def rows_of_images(
-    image: Int64[Tensor, " n"], batch: int
-) -> Iterator[slice | Int64[Tensor, " m"]]:
-    """Which rows of a flat list are each image's: slices where the list is grouped."""
-    counts = torch.bincount(image, minlength=batch)
-    if not _is_grouped(image):
-        yield from image.argsort(stable=True).split(counts.tolist())
-        return
-    stops = counts.cumsum(0).tolist()
-    yield from (slice(a, b) for a, b in zip([0, *stops[:-1]], stops, strict=True))
+    def rows(self, values: Float[Tensor, "n *shape"]) -> Float[Tensor, "b m *shape"]:
+        """The table of a list."""
+        if self.place is not None:
+            blank = values.new_zeros(math.prod(self.shape), *values.shape[1:])
+            values = blank.index_copy(0, self.place, values)
+        return values.unflatten(0, self.shape)
 
-
-def in_order(parts: Sequence[Tensor], image: Int64[Tensor, " n"]) -> Tensor:
-    """What was computed image by image, in the order of the list."""
-    joined = torch.cat(list(parts))
-    return joined if _is_grouped(image) else joined[image.argsort(stable=True).argsort()]
+    def flat(self, table: Float[Tensor, "b m *shape"]) -> Float[Tensor, "n *shape"]:
+        """The list of a table."""
+        values = table.flatten(0, 1)
+        return values if self.place is None else values[self.place]
 
 
 def places(points: Points, like: Tensor) -> Float[Tensor, "n p"]:

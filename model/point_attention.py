@@ -20,10 +20,9 @@ from model.attention import Tokens
 from model.blocks import zero_linear
 from model.operator_attention import (
     PLACE_WIDTH,
+    ByImage,
     CrossAttentionOperator,
     Queries,
-    in_order,
-    rows_of_images,
     square_places,
 )
 from model.points import Points
@@ -74,19 +73,15 @@ class SoftmaxAttention(nn.Module):
         tokens: Tokens,
         embedding: Float[Tensor, "b e"],
     ) -> Float[Tensor, "n w"]:
-        queries = self.queries(features, points)
+        table = ByImage(points.image, points.batch)
+        queries = table.rows(self.queries(features, points)).transpose(1, 2)
         attended = torch.cat([tokens.attended, self.level(embedding)[:, None]], dim=1)
         keys, values = (
             part.unflatten(-1, (self.queries.heads, -1)).transpose(1, 2)
             for part in self.keys_values(attended).chunk(2, dim=-1)
         )
-        found = [
-            F.scaled_dot_product_attention(
-                queries[rows].transpose(0, 1)[None], keys[i : i + 1], values[i : i + 1]
-            )[0].transpose(0, 1)
-            for i, rows in enumerate(rows_of_images(points.image, points.batch))
-        ]
-        return features + self.out(in_order(found, points.image).flatten(-2))
+        found = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+        return features + self.out(table.flat(found).flatten(-2))
 
 
 class TokenLookup(nn.Module):
