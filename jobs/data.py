@@ -272,7 +272,7 @@ class Batches:
     ) -> Sample:
         """A window of a top lattice with the tokens around it. Places are drawn as if it could
         stick out, then it is moved inside: T never meets absent cells when an image is generated.
-        So cells near a border are drawn up to twice as often, in a corner up to four times.
+        What is drawn more often by this weighs less (`_rarity`).
         """
         side, extent = self._top_side, lattice.shape[0]
         if side == extent:
@@ -288,13 +288,28 @@ class Batches:
             tokens=[around(tokens, corner_px, side << level) for tokens in sample.tokens],
         )
 
+    def _rarity(self, origin: Int64[Tensor, "b 2"]) -> Float[Tensor, "b 1 h w"]:
+        """Weights of the cells of windows of a top lattice, inverse to how often each is drawn, so
+        that all count alike: 1 on average, near a border as little as half, in a corner a quarter.
+        """
+        side, extent = self._top_side, self.packs.settings.side_px >> self._top_level
+        starts = np.ones(extent - side + 1)
+        starts[[0, -1]] += side - 1
+        often = np.convolve(starts, np.ones(side))
+        rarity = torch.from_numpy((often.mean() / often).astype(np.float32))
+        y, x = (rarity[start[:, None] + torch.arange(side)] for start in origin.unbind(1))
+        return (y[:, :, None] * x[:, None, :])[:, None]
+
     def draw(self, drawn: Sequence[Drawn]) -> Draw:
         """Draws of one kind, standardised and collated."""
         tops = [d for d in drawn if isinstance(d, DrawnTop)]
         if tops:
             values, present = self._standardise([d.lattice for d in tops])
-            origin = torch.tensor([d.origin for d in tops])
-            return TopDraw(_channels_first(values), _channels_first(present).float(), origin)
+            there, origin = (
+                _channels_first(present).float(),
+                torch.tensor([d.origin for d in tops]),
+            )
+            return TopDraw(_channels_first(values), there, there * self._rarity(origin), origin)
         windows = [d for d in drawn if isinstance(d, DrawnWindow)]
         if windows:
             return self._block_draw(windows)

@@ -171,5 +171,4 @@ class Part:
 
 def valid_part(draw: TopDraw | BlockDraw) -> float:
     """Of the cells of a batch; losses count the others as right."""
-    weight = draw.present if isinstance(draw, TopDraw) else draw.weight
-    return max(float(weight.mean()), 1e-6)
+    return max(float(draw.weight.mean()), 1e-6)

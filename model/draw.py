@@ -27,15 +27,23 @@ class PatchDraw:
 @dataclass(frozen=True)
 class TopDraw:
     """Standardised area means of a batch of images on their top lattice or a window of it, zero
-    where absent. origin: the first cell (y, x) of each.
+    where absent.
+
+    weight: of each cell in the loss, zero where absent. origin: the first cell (y, x) of each.
     """
 
     values: Float[Tensor, "b c h w"]
     present: Float[Tensor, "b 1 h w"]
+    weight: Float[Tensor, "b 1 h w"]
     origin: Int64[Tensor, "b 2"]
 
     def to(self, device: torch.device) -> "TopDraw":
-        return TopDraw(self.values.to(device), self.present.to(device), self.origin.to(device))
+        return TopDraw(
+            self.values.to(device),
+            self.present.to(device),
+            self.weight.to(device),
+            self.origin.to(device),
+        )
 
 
 @dataclass(frozen=True)

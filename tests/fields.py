@@ -91,7 +91,8 @@ def top_draw(image: Float[Tensor, "b c h w"], level: int = CONFIG.top.level) -> 
     """The top lattice of images whose every cell is valid."""
     values = means(image, level)
     origin = torch.zeros(len(values), 2, dtype=torch.int64)
-    return TopDraw(values, torch.ones_like(values[:, :1]), origin)
+    everywhere = torch.ones_like(values[:, :1])
+    return TopDraw(values, everywhere, everywhere, origin)
 
 
 def window_of(

@@ -238,7 +238,7 @@ def test_an_untrained_top_block_is_the_wiener_filter_and_its_loss_one_in_every_m
     present, seen = torch.ones(batch, 1, h, w).double(), []
     hook = top.net.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     estimate = top(observed, present, given, levels(log_snr, batch))
-    loss = top.loss(truth, observed, present, given, levels(log_snr, batch))
+    loss = top.loss(truth, observed, present, present, given, levels(log_snr, batch))
     hook.remove()
     expected = wiener(OCTAVES, top.level, observed.permute(0, 2, 3, 1), levels(log_snr, batch))
     torch.testing.assert_close(estimate, expected.permute(0, 3, 1, 2), **CLOSE)

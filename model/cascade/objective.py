@@ -76,7 +76,8 @@ class BlockObjective(nn.Module):
         if isinstance(body, TopDenoiser):
             assert isinstance(draw, TopDraw) and isinstance(tokens, Tokens)
             observed = draw.values + sigma * noise * 2.0**-body.level
-            return body.loss(draw.values, observed, draw.present, tokens, log_snr, draw.origin)
+            cells = draw.values, observed, draw.present, draw.weight
+            return body.loss(*cells, tokens, log_snr, draw.origin)
         assert isinstance(body, OctaveBlock) and isinstance(draw, BlockDraw)
         assert not isinstance(tokens, Tokens)
         n = body.block.octaves

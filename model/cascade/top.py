@@ -115,14 +115,15 @@ class TopDenoiser(nn.Module):
         truth: Float[Tensor, "b c h w"],
         observed: Float[Tensor, "b c h w"],
         present: Float[Tensor, "b 1 h w"],
+        weight: Float[Tensor, "b 1 h w"],
         tokens: Tokens,
         log_snr: Float[Tensor, " b"],
         origin: Int64[Tensor, "b 2"] | None = None,
     ) -> Float[Tensor, "1"]:
-        """Mean squared error of F over the cells of a batch; absent ones count as right."""
+        """Mean squared error of F over the cells of a batch, each with its weight."""
         field = _Modes(self.octaves, self.level, observed, log_snr)
         error = self.correction(field, present, tokens, log_snr, origin) - field.target(truth)
-        return (error.square() * present).mean()[None]
+        return (error.square() * weight).mean()[None]
 
     def correction(
         self,

@@ -79,7 +79,8 @@ class BlockStep:
         if self.name == config.top.name:
             values = torch.randn(samples, CHANNELS, *self.shape(config)[1])
             origin = torch.zeros(samples, 2, dtype=torch.int64)
-            return TopDraw(values, torch.ones_like(values[:, :1]), origin)
+            everywhere = torch.ones_like(values[:, :1])
+            return TopDraw(values, everywhere, everywhere, origin)
         number = config.names.index(self.name) - 1
         block, design, margin = config.blocks[number], CascadeDesign(), config.margin
         drawn = [design.draw(image, (0, n, 0))[number][0] for n in range(samples)]
