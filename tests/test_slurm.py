@@ -31,6 +31,8 @@ from slurm.requeue import after_training
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parent.parent
 STEPS = 16
+EXACT = ("--precision", "fp32", "--optimizer", "adamw", "--learning-rate", "2e-3")
+"""Muon makes its matrices orthogonal in bfloat16, where the order of float sums is seen."""
 
 MAIN = """
 # The main job of the tests, on regions of a small phantom. One input is no slide: ingest says so.
@@ -105,7 +107,7 @@ def jobs(cluster: Cluster, desk: Path, tall_slide: Path, chain: Chain) -> Iterat
     assert slurm.submit.main(["--chain", "main.chain", *one_core]) == 0
     main = {record["stage"]: record["job_id"] for record in records(desk)}
     two_nodes = ["--nodes", "2", "--gpus-per-node", "0", "--logs", "training-logs"]
-    words = train_arguments(chain, desk / "trained", STEPS, "--precision", "fp32")
+    words = train_arguments(chain, desk / "trained", STEPS, *EXACT)
     assert slurm.submit.main(["train", *two_nodes, *one_core, "--", *words]) == 0
     (training,) = (record["job_id"] for record in records(desk, "training-logs"))
     # As the README says, without slurm.submit.
@@ -153,7 +155,7 @@ def test_a_preempted_training_on_two_nodes_ends_like_one_rank_undisturbed(
     cluster.run("scancel", "--signal=TERM", jobs.training)
     wait_until(lambda: state(trained).get("status") == "preempted", 60)
     assert 1 <= int(str(state(trained)["step"])) < STEPS
-    run("jobs.train", train_arguments(chain, alone, STEPS, "--precision", "fp32"))
+    run("jobs.train", train_arguments(chain, alone, STEPS, *EXACT))
     assert cluster.wait([jobs.training]) == {jobs.training: {"COMPLETED"}}
     ended = state(trained)
     assert (ended["status"], ended["restarts"], ended["job_id"]) == ("done", 1, jobs.training)
@@ -161,11 +163,11 @@ def test_a_preempted_training_on_two_nodes_ends_like_one_rank_undisturbed(
     assert f"requeueing job {jobs.training}" in log
     assert "resuming at step" in log
     assert cluster.job(jobs.training)["NodeList"] == "brush[0-1]"
-    # Only the order of float sums differs: a step's learning rate is more than it makes.
+    # Only the order of float sums differs.
     expected, found = weights(alone), weights(trained)
     for name, values in expected.items():
         torch.testing.assert_close(
-            found[name], values, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+            found[name], values, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
