@@ -26,7 +26,7 @@ CONFIG = CascadeConfig(
     token_dim=6,
     top=TopConfig(level=5, width=8, depth=1, heads=2),
     blocks=(
-        BlockConfig("A", 5, 2, 2, (6, 8, 8), (1, 1, 1), context=6, window=3),
+        BlockConfig("A", 5, 2, 2, (6, 8, 8), (1, 1, 1), context=6, lookups=2, window=3),
         BlockConfig("B", 2, 0, 4, (8,), (1,), context=6, tokens=False, window=8),
     ),
     token_width=8,

@@ -266,3 +266,16 @@ def test_octaves_of_another_cascade_are_refused() -> None:
     other = dataclasses.replace(OCTAVES, residual=OCTAVES.residual[:3])
     with pytest.raises(ValueError, match="measured below level 3, the cascade's top block is of"):
         CascadeDenoiser(CONFIG, other)
+
+
+def test_a_parent_looks_up_every_token_of_half_its_side() -> None:
+    """Tokens finer than parents are told one by one, each at its place in the parent."""
+    net = denoiser()
+    body, cell = body_of(net, "A"), 1 << CONFIG.blocks[0].parents
+    finer = condition(1, (6, 10), cell / 2)
+    tokens = block_of(net, "A").encode(finer)
+    assert isinstance(tokens, LookedUp)
+    draw = window_of(image_of(body.block, (3, 5)), body.block, (0, 0), (3, 5))
+    found = body.looked_up(tokens, parents_of(draw))
+    features = tokens.encoder.features(finer, finer.values)[0, :60].unflatten(0, (3, 2, 5, 2))
+    torch.testing.assert_close(found[0], features.permute(4, 1, 3, 0, 2).flatten(0, 2), **CLOSE)

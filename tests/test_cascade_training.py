@@ -117,13 +117,8 @@ def test_what_lies_outside_the_image_is_neither_seen_nor_scored(name: str) -> No
     )
 
 
-@BLOCKS
-def test_what_is_invalid_is_not_scored(name: str) -> None:
-    """Holes inside the image are filled by values that are seen; only the rest is learned. Each
-    parent counts by its valid part.
-    """
-    draw, body = draw_of(name, origin=(0, 0)), block_of(denoiser(), name).body
-    assert isinstance(draw, BlockDraw)
+def assert_scored_by_weights(name: str, draw: TopDraw | BlockDraw) -> None:
+    """The loss is a sum over cells, each with its weight."""
     weights = torch.rand(draw.weight.shape, generator=torch.Generator().manual_seed(1)).double()
     parts = []
     for i in range(weights[0].numel()):
@@ -132,19 +127,30 @@ def test_what_is_invalid_is_not_scored(name: str) -> None:
         parts.append(losses(name, dataclasses.replace(draw, weight=one.view_as(weights))))
     whole = losses(name, dataclasses.replace(draw, weight=weights))
     torch.testing.assert_close(torch.stack(parts).sum(dim=0), whole, **CLOSE)
-    nothing = losses(name, dataclasses.replace(draw, weight=torch.zeros_like(weights)))
+
+
+@BLOCKS
+def test_what_is_invalid_is_not_scored(name: str) -> None:
+    """Holes inside the image are filled by values that are seen; only the rest is learned. Each
+    parent counts by its valid part.
+    """
+    draw, body = draw_of(name, origin=(0, 0)), block_of(denoiser(), name).body
+    assert_scored_by_weights(name, draw)
+    nothing = losses(name, dataclasses.replace(draw, weight=torch.zeros_like(draw.weight)))
     assert nothing.tolist() == [0.0] * len(body.offsets)
 
 
-def test_absent_cells_of_the_top_lattice_are_not_scored() -> None:
+def test_cells_of_the_top_lattice_are_scored_by_their_weights() -> None:
     draw = draw_of("T")
     assert isinstance(draw, TopDraw)
-    absent = dataclasses.replace(draw, present=torch.zeros_like(draw.present))
-    assert losses("T", absent).tolist() == [0.0]
+    assert_scored_by_weights("T", draw)
     half = draw.present.clone()
     half[..., :2] = 0
-    shown = losses("T", dataclasses.replace(draw, present=half))
+    shown = losses("T", dataclasses.replace(draw, present=half, weight=half))
     assert 0 < shown < losses("T", draw) * 2
+    nothing = torch.zeros_like(half)
+    absent = dataclasses.replace(draw, present=nothing, weight=nothing)
+    assert losses("T", absent).tolist() == [0.0]
 
 
 @EVERY

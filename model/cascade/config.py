@@ -61,8 +61,9 @@ class BlockConfig:
     parents, fine: levels of the cells that are given and of those that are generated. place: side
     in fine cells of what the network takes as one place. widths, depths: features and residual
     blocks of its resolutions, fine to coarse; a place of the coarsest is one parent cell. context:
-    features of the network that reads the parents. tokens: whether they are looked up. window:
-    side of a training window in parent cells. turned, share, evaluations: as in `TopConfig`; what
+    features of the network that reads the parents. tokens: whether they are looked up, at
+    lookups x lookups places in every parent cell. window: side of a training window in parent
+    cells. turned, share, evaluations: as in `TopConfig`; what
     has a direction of its own loses it where windows are turned and tokens know of no direction.
     """
 
@@ -74,6 +75,7 @@ class BlockConfig:
     depths: tuple[int, ...]
     context: int = 64
     tokens: bool = True
+    lookups: int = 1
     window: int = 8
     turned: bool = True
     share: float = 0.3
@@ -84,6 +86,11 @@ class BlockConfig:
             raise ValueError(
                 f"block {self.name} goes from level {self.parents} to {self.fine}, but a block "
                 "goes from coarse cells to finer ones"
+            )
+        if self.lookups < 1:
+            raise ValueError(
+                f"block {self.name} looks tokens up at {self.lookups} x {self.lookups} places in "
+                "a parent cell; 1 or more is possible"
             )
         if not self.widths or len(self.widths) != len(self.depths):
             raise ValueError(
@@ -123,7 +130,7 @@ class BlockConfig:
         return -(-(reach + self.place) // (1 << self.octaves))
 
 
-A = BlockConfig("A", 8, 6, 2, (96, 128), (1, 2), share=0.16, evaluations=16)
+A = BlockConfig("A", 8, 6, 2, (96, 128), (1, 2), lookups=2, share=0.16, evaluations=16)
 B = BlockConfig(
     "B", 6, 2, 2, (48, 96, 128, 160), (1, 1, 1, 2), window=4, share=0.46, evaluations=20
 )

@@ -20,6 +20,7 @@ given the data each is trained on its own.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -134,6 +135,16 @@ class OctaveBlock(nn.Module):
             losses.append(((found - wanted).square().mean(dim=1, keepdim=True) * cells).mean())
         return torch.stack(losses)
 
+    def looked_up(self, tokens: LookedUp, parents: Parents) -> Float[Tensor, "b t h w"]:
+        """Features of tokens at all places of every inner parent, one place after another."""
+        n, centres_px = self.block.lookups, (parents.y_px, parents.x_px)
+        away = (torch.arange(n).to(parents.y_px) + 0.5) / n - 0.5
+        y_px, x_px = (
+            (centre[..., None] + away * 2.0**self.block.parents).flatten(1)
+            for centre in centres_px
+        )
+        return F.pixel_unshuffle(tokens.at(y_px, x_px), n)
+
     def correction(
         self,
         seen: "_Seen",
@@ -149,7 +160,7 @@ class OctaveBlock(nn.Module):
             torch.cat([seen.scaled, guess, told.smooth * self.scale], dim=1),
             parents.values,
             parents.present,
-            None if tokens is None else tokens.at(parents.y_px, parents.x_px),
+            None if tokens is None else self.looked_up(tokens, parents),
             log_snr + sum(self.offsets) / len(self.offsets),
             None if bool(present.all()) else present,
         )

@@ -132,7 +132,8 @@ class BlockNet(nn.Module):
         self.place = block.place
         self.stem = Conv(3 * channels * inside, widths[0], block.stem_side)
         self.context = ContextNet(channels, block.context, widths[-1], config.margin)
-        self.token = Conv(config.token_width, widths[-1], 1) if block.tokens else None
+        tokens = config.token_width * block.lookups**2
+        self.token = Conv(tokens, widths[-1], 1) if block.tokens else None
         self.embedding = LevelEmbedding(config.embedding_width, EMBEDDED)
         stages = [
             nn.ModuleList(
