@@ -15,10 +15,11 @@ the tokens' places and the key (seed, region, pack).
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt16
@@ -291,8 +292,10 @@ class PackSet:
         )
 
     def tokens(self, entry: RegionEntry) -> list[TokenLattice]:
-        """The condition of a region, the finest lattice first."""
-        values = np.load(io.BytesIO(self._range(entry, 0)))
+        """The condition of a region, the finest lattice first; mapped, so that what a window needs
+        of a large region is all that is read.
+        """
+        values = self._mapped(entry, 0)
         lattices, start = [], 0
         for (footprint, gy, gx), (y, x) in zip(
             self.settings.lattices, entry.first_px, strict=True
@@ -350,6 +353,16 @@ class PackSet:
             origins[block][number],
         )
 
+    def _mapped(self, entry: RegionEntry, member: int) -> np.ndarray:
+        """An array in a shard that is read where it is looked at."""
+        start, length = entry.offsets[member]
+        with (self.path / entry.shard).open("rb") as stream:
+            self._check_end(stream, entry, start + length)
+            stream.seek(start)
+            assert np.lib.format.read_magic(stream) == (1, 0)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            return np.memmap(stream, dtype, "r", stream.tell(), shape)
+
     def _range(
         self, entry: RegionEntry, member: int, part: tuple[int, int] | None = None
     ) -> bytes:
@@ -358,14 +371,17 @@ class PackSet:
         if part is not None:
             start, length = start + part[0], part[1]
         with (self.path / entry.shard).open("rb") as stream:
+            self._check_end(stream, entry, start + length)
             stream.seek(start)
-            payload = stream.read(length)
-        if len(payload) != length:
+            return stream.read(length)
+
+    def _check_end(self, stream: BinaryIO, entry: RegionEntry, needed: int) -> None:
+        """A `ValueError` where a shard was cut off."""
+        if os.fstat(stream.fileno()).st_size < needed:
             raise ValueError(
-                f"{self.path / entry.shard} ends before byte {start + length}; "
+                f"{self.path / entry.shard} ends before byte {needed}; "
                 "delete the folder and run python -m pipeline.pack again"
             )
-        return payload
 
 
 def index_content(

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.bench_costs import report, seconds
+from benchmarks.bench_costs import SIDES, report, seconds
 
 import conditioning.embed
 import conditioning.pretrain
 import pipeline.ingest
 import pipeline.pack
+from conditioning.tokens import around
 from jobs.data import Batches
 from model.design import (
     CascadeDesign,
@@ -30,7 +31,7 @@ from model.design import (
 )
 from model.draw import BlockDraw, Draw, TopDraw
 from pipeline.draws import CascadeLevels, RegionLevels, mollified
-from pipeline.packfile import PackSet
+from pipeline.packfile import PackSet, PackSettings, PackStatistics, RegionEntry
 from pipeline.phantom import draw_slide
 
 SIDE_PX = 4096
@@ -144,6 +145,41 @@ def test_reading_a_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
                     )
                 )
     report("bytes read per training sample over bytes used", rows)
+
+
+@pytest.mark.parametrize("dim", [128, 1536])
+def test_reading_the_tokens_of_a_window(dim: int) -> None:
+    """Of A, in regions of any side, with tokens of 128, 256 and 1024 px; on a warm disk."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for side in SIDES:
+            packs = _of_tokens(Path(folder), side, dim)
+            (entry,), window_px = packs.regions, min(2048, side)
+            corner = (side - window_px,) * 2
+
+            def work(packs=packs, entry=entry, corner=corner, px=window_px) -> None:  # type: ignore[no-untyped-def]
+                np.array(around(packs.tokens(entry)[0], corner, px).values)
+
+            def whole(packs=packs, entry=entry) -> None:  # type: ignore[no-untyped-def]
+                np.array(packs.tokens(entry)[0].values)
+
+            rows.append((f"{side}²", f"{cost(work)}; all of the finest: {cost(whole)}"))
+    report(f"tokens of a window, {dim} numbers each", rows)
+
+
+def _of_tokens(folder: Path, side: int, dim: int) -> PackSet:
+    """Packs of one region that holds tokens alone."""
+    lattices = tuple((px, side // px, side // px) for px in (128, 256, 1024))
+    file = folder / f"{side}.npy"
+    np.save(file, np.zeros((sum(gy * gx for _, gy, gx in lattices), dim), np.float16))
+    settings = PackSettings(
+        *("store", "", "encoder", lattices, "cascade", 65_536, 8, None, 1, 0, side, "um", 0.5),
+        *(("red", "green", "blue"), "uint8"),
+    )
+    first = tuple((px / 2, px / 2) for px, _, _ in lattices)
+    span = ((0, file.stat().st_size),)
+    entry = RegionEntry(0, "image", 0, 0, "train", file.name, first, span)
+    return PackSet(folder, settings, PackStatistics((), (), (), (), (), ()), [entry])
 
 
 def _values(draw: Draw, packs: PackSet) -> int:
