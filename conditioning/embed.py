@@ -33,7 +33,7 @@ class Embed:
 
         python -m conditioning.embed dataset.zarr --encoder encoder
         python -m conditioning.embed dataset.zarr --encoder vit_small_patch14_dinov2.lvd142m
-        python -m conditioning.embed dataset.zarr --encoder hf-hub:OWNER/MODEL --footprint 256 1024
+        python -m conditioning.embed dataset.zarr --encoder hf-hub:OWNER/MODEL --footprint 128 256
 
     The same command does only what is missing. Footprints larger than an image are skipped and
     reported.
@@ -43,8 +43,8 @@ class Embed:
     """the store written by pipeline.ingest"""
     encoder: str
     """a timm model with weights, hf-hub:ID, or a folder written by conditioning.pretrain"""
-    footprint: tuple[int, ...] = (256, 1024, 4096)
-    """sides of the tiles in level-0 pixels"""
+    footprint: tuple[int, ...] = (128, 256, 1024, 4096)
+    """sides of the tiles in level-0 pixels; the finest are most of the work"""
     batch_size: int = 64
     """tiles per call of the encoder"""
     white_level: float | None = None

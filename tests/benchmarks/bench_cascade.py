@@ -40,7 +40,7 @@ from model.family import make_passes
 from model.generate import ArrayField, Estimator, Field, Pass
 from model.haar import up
 
-BATCH, CHANNELS, TOKEN_DIM, TOKEN_PX = 8, 3, 128, 256
+BATCH, CHANNELS, TOKEN_DIM, TOKEN_PX = 8, 3, 128, 128
 NAMES = ("T", "A", "B", "C")
 USUAL = 4096
 """Side of a region, by default."""
@@ -64,7 +64,7 @@ def gigaflops(work: Callable[[], object]) -> float:
 @dataclass(frozen=True)
 class BlockStep:
     """Training steps of one block on draws of an image, at the places that the design names, with
-    the tokens of 256 px that a window is told of.
+    the tokens of 128 px that a window is told of.
     """
 
     name: str
@@ -128,7 +128,7 @@ class BlockStep:
         return ReadyStep(
             objective,
             self.draw(net.config).to(device),
-            tokens(samples, self.told_px(net.config)).to(device),
+            tokens(samples, self.told_px(net.config), TOKEN_PX).to(device),
             torch.arange(samples, device=device),
             ((torch.arange(samples) + 0.5) / samples).to(device),
             self.bf16,
@@ -257,7 +257,7 @@ def test_a_training_step_is_flat_in_the_side_of_the_image() -> None:
 
 
 def passes_of(net: CascadeDenoiser, side: int, tile: int = 1024) -> list[Pass]:
-    given = tokens(1, side)
+    given = tokens(1, side, TOKEN_PX)
     return make_passes(net, given, guidance=1.0, tile=tile, level=0, steps=None)
 
 
