@@ -290,7 +290,8 @@ class Batches:
 
     def _rarity(self, origin: Int64[Tensor, "b 2"]) -> Float[Tensor, "b 1 h w"]:
         """Weights of the cells of windows of a top lattice, inverse to how often each is drawn, so
-        that all count alike: 1 on average, near a border as little as half, in a corner a quarter.
+        that all count alike: 1 on average over what is drawn. In a large lattice they are as small
+        as a quarter near a corner; in one hardly larger than a window almost 4 in the corner.
         """
         side, extent = self._top_side, self.packs.settings.side_px >> self._top_level
         starts = np.ones(extent - side + 1)
@@ -305,10 +306,8 @@ class Batches:
         tops = [d for d in drawn if isinstance(d, DrawnTop)]
         if tops:
             values, present = self._standardise([d.lattice for d in tops])
-            there, origin = (
-                _channels_first(present).float(),
-                torch.tensor([d.origin for d in tops]),
-            )
+            there = _channels_first(present).float()
+            origin = torch.tensor([d.origin for d in tops])
             return TopDraw(_channels_first(values), there, there * self._rarity(origin), origin)
         windows = [d for d in drawn if isinstance(d, DrawnWindow)]
         if windows:

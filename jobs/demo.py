@@ -6,8 +6,8 @@ OUT/demo.json; the same command after a kill goes on in the middle of the stage 
 that is done repeats nothing. Without slides it draws its own phantom.
 
 Inputs of every size end in a picture. The grid of regions is made finer where there are few, and
-coarser where there are more than can be packed in minutes. Regions below 1024 px get finer tokens
-than the usual ones, since one token is no layout. An image of more than twice the side of its
+coarser where there are more than can be packed in minutes. Regions below 1024 px get tokens of a
+quarter of their side, since one token is no layout. An image of more than twice the side of its
 region is conditioned by many regions side by side (`conditioning.layout`).
 """
 

@@ -151,7 +151,7 @@ class Part:
             torch._foreach_copy_(self._weights, self._averaged)
             with torch.autocast(self.ranks.device.type, torch.bfloat16, self.bf16):
                 errors = self.objective.held_out(batch.draw, batch.condition, batch.seeds)
-                errors = errors / valid_part(batch.draw)
+                errors = errors / mean_weight(batch.draw)
             torch._foreach_copy_(self._weights, kept)
         self.held_out_seconds += time.perf_counter() - started
         self.held_out_error = float(errors.mean())
@@ -169,6 +169,6 @@ class Part:
             self._source = None
 
 
-def valid_part(draw: TopDraw | BlockDraw) -> float:
-    """Of the cells of a batch; losses count the others as right."""
+def mean_weight(draw: TopDraw | BlockDraw) -> float:
+    """Of the cells of a batch; losses are means over all of them, each with its weight."""
     return max(float(draw.weight.mean()), 1e-6)

@@ -103,8 +103,7 @@ def generated_windows(block: CascadeBlock, batch: Batch) -> Float[Tensor, "b c h
 def _weights(draw: Draw) -> Float[Tensor, "b 1 h w"]:
     """Which cells are there, at the resolution of the values."""
     assert isinstance(draw, TopDraw | BlockDraw)
-    weight = draw.present if isinstance(draw, TopDraw) else draw.weight
-    return F.interpolate(weight, size=draw.values.shape[2:])
+    return F.interpolate(draw.weight, size=draw.values.shape[2:])
 
 
 def _tile(

@@ -84,8 +84,8 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 
 class ByImage:
-    """A flat list of the points of a batch as a table with a row for every image, filled up with
-    zeros where images have fewer points than others.
+    """A flat list of the points of a batch as a table with a row for every image, each as long as
+    that of the image with the most points, filled up with zeros.
     """
 
     def __init__(self, image: Int64[Tensor, " n"], batch: int) -> None:
@@ -93,8 +93,9 @@ class ByImage:
         self.shape = batch, int(counts.max())
         order = image.argsort(stable=True)
         number = torch.arange(len(image), device=image.device)
-        place = torch.empty_like(image)
-        place[order] = number + (image * self.shape[1] - (counts.cumsum(0) - counts)[image])[order]
+        first, rank = counts.cumsum(0) - counts, torch.empty_like(image)
+        rank[order] = number - first[image[order]]
+        place = image * self.shape[1] + rank
         is_table = len(image) == math.prod(self.shape) and bool((place == number).all())
         self.place = None if is_table else place
 

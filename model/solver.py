@@ -15,9 +15,9 @@ image. It is keyed by step and place (`generate.fresh_noise`), so that tiles and
 nothing.
 
 On the exact denoiser of a Gaussian field with the octaves of H&E, a block of the cascade at a
-time, 20 steps leave every octave's variance 0.1 dB too large with 2M. Ancestral steps leave the
-part e^-h of it and DDIM e^-h/2, whatever the octave: 1.4 to 1.8 dB and 0.8 to 1.0 dB too little at
-20 steps; for 0.5 dB they need 75 and 40. The larger variance
+time, 20 steps leave every octave's variance 0.1 dB too large with 2M. All ancestral steps together
+leave the part e^(-h) of it and DDIM's e^(-h/2), whatever the octave: 1.4 to 1.8 dB and 0.8 to 1.0
+dB too little at 20 steps; for 0.5 dB they need 75 and 40. The larger variance
 beta_t that Ho et al. also tried leaves -1.8 dB in coarse octaves at 20 steps and +1.5 dB in the
 finest, measured with all octaves of a region together: not offered.
 """

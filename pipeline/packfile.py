@@ -360,7 +360,8 @@ class PackSet:
             self._check_end(stream, entry, start + length)
             stream.seek(start)
             assert np.lib.format.read_magic(stream) == (1, 0)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+            assert not by_columns
             return np.memmap(stream, dtype, "r", stream.tell(), shape)
 
     def _range(

@@ -213,6 +213,17 @@ def lookups(
     return look_up(finest, first, pitch, y_px, x_px)
 
 
+def test_a_shard_that_was_cut_off_is_said(packs: PackSet, tmp_path: Path) -> None:
+    whole, entry = (packs.path / "shard").read_bytes(), packs.regions[0]
+    cut = PackSet(tmp_path, packs.settings, packs.statistics, packs.regions)
+    cut.design = packs.design
+    for member, read in ((0, cut.tokens), (1, cut.lattice)):
+        start, length = entry.offsets[member]
+        (tmp_path / "shard").write_bytes(whole[: start + length - 1])
+        with pytest.raises(ValueError, match=rf"ends before byte {start + length}; delete"):
+            read(entry)
+
+
 def test_cells_of_windows_have_their_places_in_the_image() -> None:
     points = window_lattice((2, 3), torch.tensor([[0, 0], [4, 1]]), 5)
     assert points.y.tolist() == [0, 0, 0, 1, 1, 1, 4, 4, 4, 5, 5, 5]

@@ -32,7 +32,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parent.parent
 STEPS = 16
 EXACT = ("--precision", "fp32", "--optimizer", "adamw", "--learning-rate", "2e-3")
-"""Muon makes its matrices orthogonal in bfloat16, where the order of float sums is seen."""
+"""Muon makes its matrices orthogonal in bfloat16, which shows the order in which floats are
+summed: weights differ by 1e-3 after 16 steps, with AdamW by 3e-6.
+"""
 
 MAIN = """
 # The main job of the tests, on regions of a small phantom. One input is no slide: ingest says so.

@@ -186,7 +186,7 @@ def test_each_block_reproduces_every_octave_within_a_tenth_of_a_decibel(
     "block", CascadeConfig(channels=3, token_dim=8).sequence, ids=lambda b: b.name
 )
 def test_first_order_solvers_shrink_all_octaves_alike(block: TopConfig | BlockConfig) -> None:
-    """Of variance, steps of h leave the part e^-h, and half as much is lost at eta = 0."""
+    """All steps of h together leave the part e^(-h) of the variance, e^(-h / 2) at eta = 0."""
     offsets = offsets_of(block, SLIDE)
     assert decibels("ddim", offsets, 40).abs().max() < 0.5
     assert decibels("ancestral", offsets, 75).abs().max() < 0.5

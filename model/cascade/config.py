@@ -63,8 +63,8 @@ class BlockConfig:
     blocks of its resolutions, fine to coarse; a place of the coarsest is one parent cell. context:
     features of the network that reads the parents. tokens: whether they are looked up, at
     lookups x lookups places in every parent cell. window: side of a training window in parent
-    cells. turned, share, evaluations: as in `TopConfig`; what
-    has a direction of its own loses it where windows are turned and tokens know of no direction.
+    cells. turned, share, evaluations: as in `TopConfig`; what has a direction of its own loses it
+    where windows are turned and tokens know of no direction.
     """
 
     name: str
@@ -268,6 +268,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_width": 512,
     },
 }
-"""`tiny` (4.6 million parameters) trains on two CPU cores, `small` has 33, `brush` the published
+"""`tiny` (4.7 million parameters) trains on two CPU cores, `small` has 33, `brush` the published
 450.
 """

@@ -136,9 +136,12 @@ class OctaveBlock(nn.Module):
         return torch.stack(losses)
 
     def looked_up(self, tokens: LookedUp, parents: Parents) -> Float[Tensor, "b t h w"]:
-        """Features of tokens at all places of every inner parent, one place after another."""
+        """Features of tokens at n x n places of every inner parent, of a feature all places
+        together.
+        """
         n, centres_px = self.block.lookups, (parents.y_px, parents.x_px)
-        away = (torch.arange(n).to(parents.y_px) + 0.5) / n - 0.5
+        steps = torch.arange(n, device=parents.y_px.device, dtype=parents.y_px.dtype)
+        away = (steps + 0.5) / n - 0.5
         y_px, x_px = (
             (centre[..., None] + away * 2.0**self.block.parents).flatten(1)
             for centre in centres_px

@@ -98,8 +98,9 @@ def test_packing_a_region() -> None:
 
 
 def test_reading_a_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes read over those that reach the batch (values, lattice where it is drawn, tokens), of
-    packs that the commands made from one region. Of a cascade a sample is a window of one block.
+    """Bytes read over those that reach the batch (values, lattice where it is drawn; tokens are
+    mapped), of packs that the commands made from one region. Of a cascade a sample is a window of
+    one block.
     """
     rows, read = [], 0
     plain = PackSet._range
@@ -133,8 +134,6 @@ def test_reading_a_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
                 batches = Batches(packs, batch=1, seed=0, augment=False, part=part)
                 read = 0
                 used = 2 * 3 * _values(batches.at(0).draw, packs)
-                lattices = sum(gy * gx for _, gy, gx in packs.settings.lattices)
-                used += 2 * lattices * len(packs.statistics.token_mean)
                 said = " ".join([name, *options]) + ("" if part is None else f", {'TABC'[part]}")
                 rows.append(
                     (
