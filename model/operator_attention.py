@@ -59,9 +59,16 @@ def accumulate(
     keys, values = _at_least_float32(keys).softmax(dim=-1), _at_least_float32(values)
     weighted = keys if weights is None else keys * weights.to(keys)[:, None, None]
     table = ByImage(image, batch)
-    weighted, values = table.rows(weighted).transpose(1, 2), table.rows(values).transpose(1, 2)
+    return _sums(table.rows(weighted), table.rows(values))
+
+
+def _sums(
+    keys: Float[Tensor, "b n heads d"], values: Float[Tensor, "b n heads d"]
+) -> AttentionSums:
+    """Of a table of tokens, whose keys are softmaxed and weighted; zeros add nothing."""
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     with torch.autocast(keys.device.type, enabled=False):
-        return AttentionSums(weighted.mT @ values, weighted.sum(dim=2))
+        return AttentionSums(keys.mT @ values, keys.sum(dim=2))
 
 
 def apply(
@@ -169,13 +176,11 @@ class CrossAttentionOperator(nn.Module):
             )
         found = []
         for tokens, net in zip(sources, self.keys_values, strict=True):
-            batch, count = tokens.shape[:2]
-            heads = (self.queries.heads, -1)
-            keys, values = net(tokens.flatten(0, 1)).chunk(2, dim=-1)
-            image = torch.arange(batch, device=tokens.device).repeat_interleave(count)
-            found.append(
-                accumulate(keys.unflatten(-1, heads), values.unflatten(-1, heads), image, batch)
+            keys, values = (
+                _at_least_float32(part.unflatten(-1, (self.queries.heads, -1)))
+                for part in net(tokens).chunk(2, dim=-1)
             )
+            found.append(_sums(keys.softmax(dim=-1), values))
         return found
 
     def attend(

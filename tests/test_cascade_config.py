@@ -40,6 +40,11 @@ def test_presets_are_trained_on_the_published_draws(name: str) -> None:
 def test_configurations_survive_json_and_unknown_keys_are_errors(config: CascadeConfig) -> None:
     stored = json.loads(json.dumps(dataclasses.asdict(config)))
     assert config_from_dict(stored) == config
+    for block in stored["blocks"]:
+        del block["lookups"]  # older runs looked tokens up once a parent
+    older = config_from_dict(stored)
+    assert isinstance(older, CascadeConfig)
+    assert older.blocks == tuple(dataclasses.replace(b, lookups=1) for b in config.blocks)
     with pytest.raises(ValueError, match="unknown keys \\['colour'\\]"):
         config_from_dict({**stored, "colour": 1})
     with pytest.raises(ValueError, match=r"joint pyramid's.*; pack and train again"):
@@ -87,6 +92,7 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
         ("B.widths=8,x,8", "so it takes a value of that kind, not '8,x,8'"),
         ("B.widths=8,16", "has 2 widths and 4 depths; give one of each"),
         ("B.place=4", "the coarsest of 32 cells, but a parent has 16; make them equal"),
+        ("A.lookups=0", "looks tokens up at 0 x 0 places in a parent cell; 1 or more"),
         ("T.attention=lookup", "'lookup' does not exist; choose one of operator, softmax, none"),
         ("T.heads=5", "a width of 64 does not divide into 5 heads"),
         ("T.training_side=0", "windows of one cell or more, not 0"),
