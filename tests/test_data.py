@@ -156,7 +156,7 @@ def test_a_window_of_the_top_lattice_is_a_part_of_it_with_the_tokens_at_its_plac
     for entry in packs.regions[1:]:
         condition = to_condition([packs.tokens(entry)], scale, [True])
         known[entry.key] = (packs.lattice(entry), lookups(condition, [0], [0], cells)[0])
-    for step in range(50):
+    for step in range(200):
         batch = batches.at(step)
         assert isinstance(batch.draw, TopDraw)
         values = batch.draw.values.permute(0, 2, 3, 1).numpy()
