@@ -260,7 +260,7 @@ def test_blocks_are_trained_apart_and_joined(
             assert torch.equal(value, weights(undisturbed, "weights")[key]), key
     for more, sentence in (
         (["--init-from", files[0], files[0]], "were both trained on block B"),
-        (["--init-from", files[0], "--set", "C.widths=32"], "holds weights of another denoiser"),
+        (["--init-from", files[0], "--set", "D.widths=32"], "holds weights of another denoiser"),
         (["--init-from", str(tmp_path / "none.safetensors")], "does not exist"),
         ([], "--steps takes a positive number, not 0 (0 only with --init-from)"),
     ):
