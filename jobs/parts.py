@@ -22,6 +22,8 @@ from model.family import Objective
 HELD_OUT_PART = 0.03
 """Of the training time, for measuring the held-out error."""
 HELD_OUT_WINDOWS = 16
+Clock = Callable[[], float]
+"""Tells seconds: by the time of day, or CPU time."""
 LAST_RATE = 0.05
 """Of the peak learning rate, at the end."""
 
@@ -74,10 +76,11 @@ class Part:
         ranks: Ranks,
         bf16: bool,
         held_out: tuple[Batch, str] | None,
+        clock: Clock = time.perf_counter,
     ) -> None:
         self.name, self.objective, self.engine, self.goal = name, objective, engine, goal
         self.batches, self.rate, self.ranks, self.bf16 = batches, rate, ranks, bf16
-        self.ema_decay, self.held_out_batch = ema_decay, held_out
+        self.ema_decay, self.held_out_batch, self.clock = ema_decay, held_out, clock
         self.step, self.seconds, self.held_out_seconds = 0, 0.0, 0.0
         self.held_out_error: float | None = None
         self._source: Iterator[Batch] | None = None
@@ -107,14 +110,14 @@ class Part:
         """
         losses = torch.zeros(1)
         for _ in range(steps):
-            started = time.perf_counter()
+            started = self.clock()
             if self._source is None:
                 source = self.batches.iterate(self.step, self.ranks.rank, self.ranks.world)
                 self._source = source
             batch = next(self._source).to(self.ranks.device)
             self.step += 1
             losses = self._step(batch)
-            self.seconds, stop = agree(self.seconds + time.perf_counter() - started)
+            self.seconds, stop = agree(self.seconds + self.clock() - started)
             if stop or self.finished:
                 break
         return losses, self.learning_rate
@@ -143,7 +146,7 @@ class Part:
         log-SNR, columns by level, fine to coarse. The best linear estimate has about 1.
         """
         assert self.held_out_batch is not None and isinstance(self.objective, BlockObjective)
-        started = time.perf_counter()
+        started = self.clock()
         batch, split = self.held_out_batch
         assert isinstance(batch.draw, TopDraw | BlockDraw)
         with torch.no_grad():
@@ -153,7 +156,7 @@ class Part:
                 errors = self.objective.held_out(batch.draw, batch.condition, batch.seeds)
                 errors = errors / mean_weight(batch.draw)
             torch._foreach_copy_(self._weights, kept)
-        self.held_out_seconds += time.perf_counter() - started
+        self.held_out_seconds += self.clock() - started
         self.held_out_error = float(errors.mean())
         return {
             "split": split,

@@ -5,6 +5,7 @@ speed, and a run resumes where its last checkpoint was. SIGTERM (a preempted job
 loop itself is `jobs.trainer`.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.engine import from_first_rank, joined
+from jobs.engine import Ranks, from_first_rank, joined
 from jobs.optimizer import OptimizerName
-from jobs.parts import Goal
+from jobs.parts import Clock, Goal
 from jobs.record import RunState
 from jobs.run import Run, RunConfig, SupersededError, trained_parts
 from jobs.trainer import Trainer, Training, goals_of, num_lanes
@@ -56,6 +57,9 @@ class Train:
     max_minutes: float | None = None
     """Stop after this much training time, resumptions included, even if steps are left; previews
     and checkpoints do not count."""
+    max_cpu_minutes: float | None = None
+    """The same in CPU time of all threads together, which a busy machine does not shorten: 12 on
+    two cores are about 6 minutes. For CPUs, instead of --max-minutes."""
     blocks: tuple[str, ...] = ()
     """Blocks of a cascade to train (T, A, B, C), so that nodes can share the work; by default all.
     The weights of several such runs are joined by --init-from."""
@@ -148,7 +152,12 @@ def make_training(options: Train, denoiser: DenoiserConfig) -> Training:
             f"Muon moves whole matrices, which --zero {options.zero} cuts into pieces; take "
             "--zero 0 or --optimizer adamw"
         )
-    for name in ("max_minutes", "learning_rate"):
+    if options.max_minutes is not None and options.max_cpu_minutes is not None:
+        raise ValueError(
+            f"--max-minutes {options.max_minutes:g} and --max-cpu-minutes "
+            f"{options.max_cpu_minutes:g} are two limits of one kind; give one of them"
+        )
+    for name in ("max_minutes", "max_cpu_minutes", "learning_rate"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} takes a positive number, not {value:g}")
@@ -192,6 +201,7 @@ def train(options: Train) -> int:
         f"train: preset {options.preset}, {parameters / 1e6:.1f}M parameters, {options.steps} "
         f"steps of {options.batch}, {training.optimizer} at {training.learning_rate:g}"
         + (f", at most {options.max_minutes:g} minutes" if options.max_minutes else "")
+        + (f", at most {options.max_cpu_minutes:g} CPU minutes" if options.max_cpu_minutes else "")
         + (f", blocks {', '.join(training.blocks)}" if training.blocks != (WHOLE,) else "")
     )
     needed_bytes = run.checkpoint_bytes(parameters)
@@ -206,7 +216,8 @@ def train(options: Train) -> int:
             )
         parts = shares(config.denoiser)
         lanes = num_lanes(ranks, training.blocks, parts)
-        goals = goals_of(parts, training.blocks, options.steps, options.max_minutes, lanes)
+        clock, limit_s = clock_of(options, ranks)
+        goals = goals_of(parts, training.blocks, options.steps, limit_s, lanes)
         before = run.state() if ranks.rank == 0 else None
         if ranks.rank == 0:
             if _finished(before, goals):
@@ -218,7 +229,9 @@ def train(options: Train) -> int:
         before = from_first_rank(before, ranks)
         status = "done"
         if not _finished(before, goals):
-            trainer = Trainer(training, goals, options.seed, denoiser, ranks, lanes, run, packs)
+            trainer = Trainer(
+                training, goals, options.seed, denoiser, ranks, lanes, run, packs, clock
+            )
             try:
                 status = trainer.loop(before, options.save_every, options.log_every)
             except SupersededError as superseded:
@@ -229,6 +242,23 @@ def train(options: Train) -> int:
                     run.fail()
                 raise
     return console.EXIT_DONE if status == "done" else console.EXIT_PREEMPTED
+
+
+def clock_of(options: Train, ranks: Ranks) -> tuple[Clock, float | None]:
+    """What tells the training time in seconds, and its limit.
+
+    CPU time is told over all threads, as if none had ever waited: what the time of day is on a
+    machine that does nothing else.
+    """
+    if options.max_cpu_minutes is None:
+        return time.perf_counter, options.max_minutes and 60 * options.max_minutes
+    if ranks.world > 1 or ranks.device.type != "cpu":
+        raise ValueError(
+            f"--max-cpu-minutes {options.max_cpu_minutes:g} is for one process on a CPU, not for "
+            f"{ranks.world} on {ranks.device.type}; give --max-minutes"
+        )
+    threads = torch.get_num_threads()
+    return lambda: time.process_time() / threads, 60 * options.max_cpu_minutes / threads
 
 
 def initialise(denoiser: Denoiser, files: Sequence[Path], trained: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from jobs.data import Batch, Batches, held_out_split
 from jobs.engine import Ranks, build, multiplies_in_bf16
 from jobs.optimizer import OptimizerName
-from jobs.parts import HELD_OUT_PART, HELD_OUT_WINDOWS, Goal, Part, Rate
+from jobs.parts import HELD_OUT_PART, HELD_OUT_WINDOWS, Clock, Goal, Part, Rate
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, SPLIT_NAMES, RunState
 from jobs.run import Run, SupersededError
@@ -78,7 +78,7 @@ def goals_of(
     shares: Mapping[str, float],
     blocks: Sequence[str],
     steps: int,
-    max_minutes: float | None,
+    limit_s: float | None,
     lanes: int,
 ) -> dict[str, Goal]:
     """How long each part is trained: its share of the steps, and of the time of all lanes."""
@@ -89,8 +89,8 @@ def goals_of(
         until += share * steps
         own = round(until) - given
         given += own
-        limit_s = math.inf if max_minutes is None else 60 * max_minutes * min(share * lanes, 1.0)
-        goals[name] = Goal(own, limit_s)
+        own_s = math.inf if limit_s is None else limit_s * min(share * lanes, 1.0)
+        goals[name] = Goal(own, own_s)
     return goals
 
 
@@ -107,9 +107,10 @@ class Trainer:
         lanes: int,
         run: Run,
         packs: PackSet,
+        clock: Clock = time.perf_counter,
     ) -> None:
         self.training, self.ranks, self.lanes = training, ranks, lanes
-        self.run, self.packs, self.denoiser = run, packs, denoiser
+        self.run, self.packs, self.denoiser, self.clock = run, packs, denoiser, clock
         cascade = isinstance(denoiser, CascadeDenoiser)
         fast = multiplies_in_bf16(ranks.device) and (cascade or ranks.device.type == "cuda")
         self.bf16 = training.precision == "bf16" or (training.precision == "auto" and fast)
@@ -171,6 +172,7 @@ class Trainer:
             self.ranks,
             self.bf16,
             None if place is None or self.ranks.rank else self._held_out(place),
+            self.clock,
         )
 
     def _turned(self, place: int | None) -> bool:

@@ -348,6 +348,23 @@ def test_a_limit_of_time_counts_training_alone(
     assert after["B"][0] > parts["B"][0] and after["C"][0] > parts["C"][0]
 
 
+def test_a_limit_of_cpu_time_is_of_all_threads_together(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever sleeps, or waits for a core, loses nothing; and two limits are a mistake."""
+    folder, seconds = tmp_path / "run", 2.0
+    limit = ["--max-cpu-minutes", str(seconds / 60)]
+    assert jobs.train.main(train_arguments(chain, folder, 100_000, *limit)) == 0
+    found = state(folder)
+    spent, cpu = found["seconds"], found["cpu_seconds"]
+    assert isinstance(spent, float) and isinstance(cpu, float)
+    # `seconds` are CPU seconds over threads; held-out errors and logs are counted in CPU alone.
+    assert seconds <= spent * torch.get_num_threads() <= cpu
+    both = train_arguments(chain, folder, 100_000, *limit, "--max-minutes", "1")
+    assert jobs.train.main(both) == 2
+    assert "two limits of one kind" in capsys.readouterr().err
+
+
 def test_without_held_out_regions_the_error_is_that_of_training_ones(
     chain: Chain, tmp_path: Path
 ) -> None:
