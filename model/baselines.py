@@ -30,13 +30,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from model.attention import Condition
+from model.cascade.objective import NOISE_STREAM, keyed_normals
 from model.coarse import make_unet, unet_time
 from model.config import PUBLISHED_OVERLAP, PatchConfig
 from model.draw import PatchDraw
 from model.generate import Field
 from model.haar import composed, means, pyramid
 from model.lattice import Box
-from model.noise import NoiseTree
 from model.process import Octaves, precondition
 from model.schedule import Cosine, draw_log_snr
 
@@ -107,7 +107,7 @@ class Seen:
         found = zip(self.factors, self.parts, pyramid(out, self.levels), strict=True)
         return composed([torch.addcmul(f.c_skip * y, f.c_out, own) for f, y, own in found])
 
-    def targets(self, truth: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "n c hl wl"]]:
+    def targets(self, truth: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "n c _ _"]]:
         """What F should have been, octave by octave."""
         wanted = zip(self.factors, self.parts, pyramid(truth, self.levels), strict=True)
         return [(own - f.c_skip * y) / f.c_out for f, y, own in wanted]
@@ -117,15 +117,14 @@ class PatchObjective(nn.Module):
     """The mean squared error of F on drawn patches in every octave, fine to coarse, the mean last,
     as a module that DeepSpeed can wrap.
 
-    The log-SNR is drawn by the cosine schedule, cut to the range of the octaves. The noise of a
-    patch is the keyed field of its sample at the field's origin: white noise is the same
-    everywhere.
+    The log-SNR is drawn by the cosine schedule, cut to the range of the octaves. Noise is keyed by
+    the sample's seed. It need not be known by place here, so that it is not taken from the keyed
+    field but has its law: white.
     """
 
     def __init__(self, denoiser: PatchDenoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
         self.low, self.high = denoiser.octaves.log_snr_range()
 
     @property
@@ -156,7 +155,7 @@ class PatchObjective(nn.Module):
         """At given log-SNRs."""
         present = draw.present.to(draw.values)
         truth = draw.values * present
-        noise = self.tree.boxes(seeds, Box(0, 0, 0, *truth.shape[2:])).to(truth)
+        noise = keyed_normals(seeds, NOISE_STREAM, truth.shape[1:]).to(truth)
         sigma = torch.exp(-log_snr / 2)[:, None, None, None]
         observed = (truth + sigma * noise) * present
         tokens = self.denoiser.encode(condition.values[:, 0], condition.keep)

@@ -31,7 +31,7 @@ def zero_mean(values: Float[Tensor, "b c h w"], n: int) -> Float[Tensor, "b c h 
     return values - up(means(values, n), n)
 
 
-def pyramid(values: Float[Tensor, "b c h w"], n: int) -> list[Float[Tensor, "b c hl wl"]]:
+def pyramid(values: Float[Tensor, "b c h w"], n: int) -> list[Float[Tensor, "b c _ _"]]:
     """The n octaves below squares of 2^n cells a side, fine to coarse, octave l on cells of 2^l a
     side; then the means over the squares.
     """
@@ -43,7 +43,7 @@ def pyramid(values: Float[Tensor, "b c h w"], n: int) -> list[Float[Tensor, "b c
     return [*found, values]
 
 
-def composed(octaves: Sequence[Float[Tensor, "b c hl wl"]]) -> Float[Tensor, "b c h w"]:
+def composed(octaves: Sequence[Float[Tensor, "b c _ _"]]) -> Float[Tensor, "b c h w"]:
     """The values whose pyramid this is."""
     *finer, values = octaves
     for octave in reversed(finer):
