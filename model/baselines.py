@@ -9,14 +9,19 @@ weights, before the solver moves on. Published: 75 % overlap, guidance 3, 50 ste
 What differs from the published system: it diffuses the latents of a pretrained VAE, this one
 pixels, 4 x 4 of which are one place of the U-Net (`pixel_unshuffle`), since there are no such
 weights for any number of bands. A token is alone, so softmax attends to it whatever the query: it
-acts as a bias, there as here. The process is ours (`process`) with the pixel as its lattice: one
-preconditioning for all of a patch, whose signal has variance S = 1 and its white noise sigma^2,
+acts as a bias, there as here. And it has the care that our own model has: white noise leaves
+coarse octaves clear when fine ones drown, so that each Haar octave l of a patch, and the patch's
+mean as one more, is preconditioned at its own variances S_l of the signal and sigma^2 N_l of the
+noise (`process`; EDM's factors, as in a block of the cascade), and Muon moves its kernels:
 
-    x0_hat = c_skip y + c_out F(c_in y, lambda, token),    y = u_t / sqrt(abar) = u_0 + sigma xi,
+    x0_hat = sum_l [ c_skip,l y_l + c_out,l F_l ],    F = net( sum_l c_in,l y_l, lambda, token),
+    y = u_t / sqrt(abar) = u_0 + sigma xi,    lambda = -2 ln sigma.
 
-which makes F the velocity of Salimans and Ho (2022) up to its sign. White noise needs no shifted
-schedule at 256 px; the log-SNR covers every octave of a patch from drowned to clean, and training
-draws it as the cosine schedule does, more often where the image is decided.
+The loss is the mean over octaves of the squared error of F. With one gain for all of a patch
+(`octave_gains=False`, S = N = 1) F is the velocity of Salimans and Ho (2022) up to its sign, and
+the U-Net has to learn another blur at every noise level. White noise needs no shifted schedule at
+256 px; the log-SNR covers every octave of a patch from drowned to clean, and training draws it as
+the cosine schedule does, more often where the image is decided.
 """
 
 import math

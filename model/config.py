@@ -230,7 +230,8 @@ def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
         )
     kind: type[DenoiserConfig] = CascadeConfig
     if "patch_px" in values:
-        kind = PatchConfig
+        # Older runs have one gain for all of a patch.
+        kind, values = PatchConfig, {"octave_gains": False, **values}
     elif "normalisation" in values:
         kind = SparseConfig
     unknown = sorted(set(values) - {field.name for field in fields(kind)})

@@ -400,6 +400,8 @@ def test_configurations_survive_json_and_unknown_keys_are_errors() -> None:
 
     stored = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
     assert config_from_dict(stored) == CONFIG
+    older = {name: value for name, value in stored.items() if name != "octave_gains"}
+    assert config_from_dict(older) == dataclasses.replace(CONFIG, octave_gains=False)
     with pytest.raises(ValueError, match="unknown keys \\['coarse_level'\\]"):
         config_from_dict({**stored, "coarse_level": 5})
     with pytest.raises(ValueError, match="power of two"):
