@@ -24,6 +24,8 @@ HELD_OUT_PART = 0.03
 HELD_OUT_WINDOWS = 16
 Clock = Callable[[], float]
 """Tells seconds: by the time of day, or CPU time."""
+EARLY = 0.1
+"""Part of the training after which the averaged weights are kept, for autoguidance."""
 LAST_RATE = 0.05
 """Of the peak learning rate, at the end."""
 
@@ -58,7 +60,8 @@ class Rate:
 class Part:
     """One part of a denoiser in training.
 
-    ema: averaged weights, shared with the run, by the names of the denoiser's parameters.
+    ema: averaged weights, shared with the run, by the names of the denoiser's parameters. early:
+    what they were when a part of the training (`EARLY`) was over, the latest until then.
     held_out: the batch on which its error is measured, and the split that it is of; None for
     kinds that have no such measure.
     """
@@ -73,6 +76,7 @@ class Part:
         rate: Rate,
         ema_decay: float,
         ema: dict[str, Tensor],
+        early: dict[str, Tensor],
         ranks: Ranks,
         bf16: bool,
         held_out: tuple[Batch, str] | None,
@@ -84,7 +88,8 @@ class Part:
         self.step, self.seconds, self.held_out_seconds = 0, 0.0, 0.0
         self.held_out_error: float | None = None
         self._source: Iterator[Batch] | None = None
-        self._averaged = list(ema.values())
+        self._averaged, self._early = list(ema.values()), list(early.values())
+        self._is_early = True
         self._weights: list[Tensor] = list(objective.parameters())
         assert len(self._averaged) == len(self._weights)
 
@@ -133,7 +138,21 @@ class Part:
         with torch.no_grad():
             weights = [weight.float() for weight in self._weights]
             torch._foreach_lerp_(self._averaged, weights, 1 - decay)
+        if self._is_early and self.progress >= EARLY:
+            self.keep_early()
         return losses.detach()
+
+    def keep_early(self) -> None:
+        """Keep the averaged weights as the early ones, unless these are of an earlier step."""
+        if self._is_early and self.step:
+            torch._foreach_copy_(self._early, self._averaged)
+            self._is_early = self.progress < EARLY
+
+    def resume(self, step: int, seconds: float) -> None:
+        """Go on after so many steps, with weights that are those of then."""
+        self.step, self.seconds = step, seconds
+        self.held_out_seconds = HELD_OUT_PART * seconds / 2
+        self._is_early = self.progress < EARLY
 
     def held_out_due(self) -> bool:
         """Whether another measurement of the held-out error stays within its part of the time."""

@@ -49,8 +49,10 @@ from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 CHECKPOINTS_KEPT = 2
 TRAINED = "trained"
 """In a file of weights: the parts of the denoiser that its run trains."""
-CHECKPOINT_BYTES_PER_PARAMETER = 20
-"""Weights, averaged weights, and DeepSpeed's weights with two moments, all in float32."""
+CHECKPOINT_BYTES_PER_PARAMETER = 24
+"""Weights, averaged ones, those early in training, and DeepSpeed's weights with two moments, in
+float32.
+"""
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,17 @@ class Run:
         file = self.path / "checkpoints" / state.checkpoint / f"{weights}.safetensors"
         denoiser.load_state_dict(load_file(file))
         return denoiser.to(device).eval().requires_grad_(False)
+
+    def load_early(self, *, device: torch.device) -> Denoiser | None:
+        """A cascade as it was early in its training, None where that was not kept."""
+        return self.load_denoiser(device=device, weights="early") if self.keeps_early() else None
+
+    def keeps_early(self) -> bool:
+        """Whether the newest checkpoint holds weights early in the training."""
+        state = self.state()
+        if state is None or state.checkpoint is None:
+            return False
+        return (self.path / "checkpoints" / state.checkpoint / "early.safetensors").is_file()
 
 
 def trained_parts(file: Path) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from jobs.data import Batch, Batches, held_out_split
 from jobs.engine import Ranks, build, multiplies_in_bf16
 from jobs.optimizer import OptimizerName
-from jobs.parts import HELD_OUT_PART, HELD_OUT_WINDOWS, Clock, Goal, Part, Rate
+from jobs.parts import HELD_OUT_WINDOWS, Clock, Goal, Part, Rate
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, SPLIT_NAMES, RunState
 from jobs.run import Run, SupersededError
@@ -107,7 +107,11 @@ class Trainer:
         run: Run,
         packs: PackSet,
         clock: Clock = time.perf_counter,
+        early: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """early: weights early in the training that the denoiser begins with, where they are
+        known.
+        """
         self.training, self.ranks, self.lanes = training, ranks, lanes
         self.run, self.packs, self.denoiser, self.clock = run, packs, denoiser, clock
         dense = computes_densely(denoiser.config) or ranks.device.type == "cuda"
@@ -129,6 +133,9 @@ class Trainer:
         self.ema = {
             name: parameter.detach().clone().float().to(ranks.device)
             for name, parameter in denoiser.named_parameters()
+        }
+        self.early = {
+            name: (early or self.ema)[name].clone().float().to(ranks.device) for name in self.ema
         }
         self.parts = [
             self._part(name, objectives[name], engines[name], numbers[name], goal, seed)
@@ -154,11 +161,14 @@ class Trainer:
             top_window=self._top_window,
         )
         owned = {id(parameter) for parameter in objective.parameters()}
-        ema = {
-            path: self.ema[path]
-            for path, parameter in self.denoiser.named_parameters()
-            if id(parameter) in owned
-        }
+        ema, early = (
+            {
+                path: averages[path]
+                for path, parameter in self.denoiser.named_parameters()
+                if id(parameter) in owned
+            }
+            for averages in (self.ema, self.early)
+        )
         return Part(
             name,
             objective,
@@ -168,6 +178,7 @@ class Trainer:
             Rate(training.learning_rate, training.warmup),
             training.ema,
             ema,
+            early,
             self.ranks,
             self.bf16,
             None if place is None or self.ranks.rank else self._held_out(place),
@@ -391,6 +402,10 @@ class Trainer:
             trained = [part.name for part in self.parts]
             self.run.write_weights(step, "weights", weights, trained)
             self.run.write_weights(step, "ema", self.ema, trained)
+            if isinstance(self.denoiser, CascadeDenoiser):
+                for part in self.parts:
+                    part.keep_early()
+                self.run.write_weights(step, "early", self.early, trained)
             self.run.update(
                 status=status,
                 step=step,
@@ -417,13 +432,16 @@ class Trainer:
                     f"start another --run with --init-from {folder.parent / 'weights.safetensors'}"
                 )
             steps, seconds = before.parts[part.name]
-            part.step, part.seconds = int(steps), float(seconds)
-            part.held_out_seconds = HELD_OUT_PART * part.seconds / 2
+            part.resume(int(steps), float(seconds))
         own = {id(p) for part in self.parts for p in part.objective.parameters()}
         weights = self.run.read_weights(before.step, "weights")
         with torch.no_grad():
-            for name, value in self.run.read_weights(before.step, "ema").items():
-                self.ema[name].copy_(value)
+            kept = {"ema": self.ema}
+            if self.run.keeps_early():
+                kept["early"] = self.early
+            for kind, averages in kept.items():
+                for name, value in self.run.read_weights(before.step, kind).items():
+                    averages[name].copy_(value)
             for name, parameter in self.denoiser.named_parameters():
                 if id(parameter) not in own:  # of a block that is not trained here
                     parameter.copy_(weights[name])

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 import jobs.sample
 import jobs.train
-from jobs.data import Batches
+from jobs.data import Batch, Batches
 from jobs.optimizer import Joint, make_optimizer
-from jobs.parts import HELD_OUT_WINDOWS
+from jobs.parts import HELD_OUT_WINDOWS, Part
 from jobs.run import Run
 from jobs.trainer import CpuClock
 from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
@@ -51,7 +51,7 @@ def metrics(folder: Path, kind: str = "loss") -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if kind in line]
 
 
-def same(folder: Path, other: Path, names: tuple[str, ...] = ("weights", "ema")) -> None:
+def same(folder: Path, other: Path, names: tuple[str, ...] = ("weights", "ema", "early")) -> None:
     """Bit for bit."""
     for name in names:
         expected = weights(other, name)
@@ -317,6 +317,29 @@ def test_muons_momentum_comes_back(undisturbed: Path) -> None:
                 group["lr"] = 1e-3 * (step + 1)
             optimizer.step()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, one, strict=True))
+
+
+def test_the_averaged_weights_of_a_tenth_of_the_training_are_kept(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For autoguidance; until then they are the newest ones."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    step = Part._step
+
+    def observed(part: Part, batch: Batch) -> torch.Tensor:
+        losses = step(part, batch)
+        seen.setdefault(part.name, []).append(part._averaged[0].clone())
+        return losses
+
+    monkeypatch.setattr(Part, "_step", observed)
+    folder = tmp_path / "run"
+    arguments = train_arguments(chain, folder, 10, "--blocks", "C", "--save-every", "100")
+    assert jobs.train.main(arguments) == 0
+    early, late = weights(folder, "early"), weights(folder)
+    parameters = Run(folder).load_denoiser(device=torch.device("cpu")).named_parameters()
+    name = next(name for name, _ in parameters if name.startswith("blocks.C."))
+    assert torch.equal(early[name], seen["C"][0]) and torch.equal(late[name], seen["C"][-1])
+    assert not torch.equal(early[name], late[name])
 
 
 def test_a_limit_of_time_counts_training_alone(
