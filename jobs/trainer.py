@@ -27,6 +27,7 @@ from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, SPLIT_NAMES, RunState
 from jobs.run import Run, SupersededError
 from model.cascade.config import CascadeConfig
+from model.cascade.denoiser import CascadeDenoiser
 from model.family import WHOLE, Denoiser, Objective, computes_densely, make_objectives
 from pipeline import console
 from pipeline.packfile import PackSet
