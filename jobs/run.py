@@ -5,7 +5,8 @@
     run/metrics.jsonl           one line every few steps
     run/tensorboard/            the same as TensorBoard events
     run/samples/                a small picture at every checkpoint
-    run/checkpoints/step-N/     weights.safetensors, ema.safetensors, deepspeed/
+    run/checkpoints/step-N/     weights.safetensors, ema.safetensors and other averages
+                                (`jobs.averages`), deepspeed/
 
 Sampling reads config.json and safetensors only. A run has one owner: a process that finds another
 name in state.json has been superseded and stops before it writes.
@@ -49,10 +50,8 @@ from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 CHECKPOINTS_KEPT = 2
 TRAINED = "trained"
 """In a file of weights: the parts of the denoiser that its run trains."""
-CHECKPOINT_BYTES_PER_PARAMETER = 24
-"""Weights, averaged ones, those early in training, and DeepSpeed's weights with two moments, in
-float32.
-"""
+CHECKPOINT_BYTES_PER_PARAMETER = 28
+"""Weights, three averages, and DeepSpeed's weights with two moments, all in float32."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,7 @@ class Run:
             cpu_seconds=before.cpu_seconds if before else 0.0,
             checkpoint=before.checkpoint if before else None,
             parts=before.parts if before else {},
+            errors=before.errors if before else {},
             restarts=before.restarts + 1 if before else 0,
             job_id=os.environ.get("SLURM_JOB_ID"),
         )

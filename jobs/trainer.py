@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.averages import Averages
 from jobs.data import Batch, Batches, held_out_split
 from jobs.engine import Ranks, build, multiplies_in_bf16
 from jobs.optimizer import OptimizerName
@@ -131,13 +132,7 @@ class Trainer:
             )
             for name in goals
         }
-        self.ema = {
-            name: parameter.detach().clone().float().to(ranks.device)
-            for name, parameter in denoiser.named_parameters()
-        }
-        self.early = {
-            name: (early or self.ema)[name].clone().float().to(ranks.device) for name in self.ema
-        }
+        self.averages = Averages(denoiser, ranks.device, early)
         self.parts = [
             self._part(name, objectives[name], engines[name], numbers[name], goal, seed)
             for name, goal in goals.items()
@@ -161,15 +156,6 @@ class Trainer:
             tokens=self._reads_tokens(place),
             top_window=self._top_window,
         )
-        owned = {id(parameter) for parameter in objective.parameters()}
-        ema, early = (
-            {
-                path: averages[path]
-                for path, parameter in self.denoiser.named_parameters()
-                if id(parameter) in owned
-            }
-            for averages in (self.ema, self.early)
-        )
         return Part(
             name,
             objective,
@@ -178,8 +164,7 @@ class Trainer:
             goal,
             Rate(training.learning_rate, training.warmup),
             training.ema,
-            ema,
-            early,
+            self.averages.of(self.denoiser, objective),
             self.ranks,
             self.bf16,
             None if place is None or self.ranks.rank else self._held_out(place),
@@ -262,7 +247,9 @@ class Trainer:
                 while idle and len(waiting) < self.lanes and not (saving or self.stopping):
                     part = min(idle, key=lambda p: p.progress)
                     idle.remove(part)
-                    waiting[self._submit(pool, part, log_every)] = part
+                    # To the next line of the log, wherever an earlier process was stopped.
+                    steps = log_every - part.step % log_every
+                    waiting[self._submit(pool, part, steps)] = part
                 if not waiting:
                     if saving and idle and not self.stopping:
                         self._save("running")
@@ -402,11 +389,10 @@ class Trainer:
             self.run.check_owner()
             trained = [part.name for part in self.parts]
             self.run.write_weights(step, "weights", weights, trained)
-            self.run.write_weights(step, "ema", self.ema, trained)
-            if isinstance(self.denoiser, CascadeDenoiser):
-                for part in self.parts:
-                    part.keep_early()
-                self.run.write_weights(step, "early", self.early, trained)
+            for part in self.parts:
+                part.averages.settle()
+            for name, averages in self._averages().items():
+                self.run.write_weights(step, name, averages, trained)
             self.run.update(
                 status=status,
                 step=step,
@@ -414,6 +400,11 @@ class Trainer:
                 cpu_seconds=round(self.cpu.seconds, 2),
                 checkpoint=folder.name,
                 parts={part.name: [part.step, part.seconds] for part in self.parts},
+                errors={
+                    part.name: part.averages.error
+                    for part in self.parts
+                    if part.averages.error is not None
+                },
             )
             self.run.drop_old_checkpoints()
             write_preview(self.run, self.packs, step, self.ranks.device)
@@ -421,6 +412,10 @@ class Trainer:
         self._write(write)
         self._agree()
         self.cpu.start()
+
+    def _averages(self) -> dict[str, dict[str, Tensor]]:
+        """By the names of their files."""
+        return self.averages.files(chosen=isinstance(self.denoiser, CascadeDenoiser))
 
     def _resume(self, before: RunState) -> None:
         self.cpu.seconds = before.cpu_seconds
@@ -433,14 +428,11 @@ class Trainer:
                     f"start another --run with --init-from {folder.parent / 'weights.safetensors'}"
                 )
             steps, seconds = before.parts[part.name]
-            part.resume(int(steps), float(seconds))
+            part.resume(int(steps), float(seconds), before.errors.get(part.name))
         own = {id(p) for part in self.parts for p in part.objective.parameters()}
         weights = self.run.read_weights(before.step, "weights")
         with torch.no_grad():
-            kept = {"ema": self.ema}
-            if self.run.keeps_early():
-                kept["early"] = self.early
-            for kind, averages in kept.items():
+            for kind, averages in self._averages().items():
                 for name, value in self.run.read_weights(before.step, kind).items():
                     averages[name].copy_(value)
             for name, parameter in self.denoiser.named_parameters():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import jobs.sample
 import jobs.train
+from jobs.averages import PartAverages
 from jobs.data import Batch, Batches
 from jobs.optimizer import Joint, make_optimizer
 from jobs.parts import HELD_OUT_WINDOWS, Part
@@ -30,8 +31,11 @@ from model.family import make_denoiser, make_objectives
 from pipeline.console import EXIT_PREEMPTED
 from pipeline.packfile import PackSet
 
-STEPS = 8  # two of every block
+STEPS = 10  # two of every block
 EXACT = (*EVEN_SHARES, "B.turned=false", "--precision", "fp32")
+
+
+KINDS = ("weights", "average", "early", "ema")
 
 
 def state(folder: Path) -> dict[str, object]:
@@ -51,7 +55,7 @@ def metrics(folder: Path, kind: str = "loss") -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if kind in line]
 
 
-def same(folder: Path, other: Path, names: tuple[str, ...] = ("weights", "ema", "early")) -> None:
+def same(folder: Path, other: Path, names: tuple[str, ...] = KINDS) -> None:
     """Bit for bit."""
     for name in names:
         expected = weights(other, name)
@@ -77,7 +81,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert state(undisturbed)["status"] == "done"
     lines = metrics(undisturbed)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for name, levels in (("T", [8]), ("A", [6, 7]), ("B", [2, 3, 4, 5]), ("C", [0, 1])):
+    for name, levels in (("T", [8]), ("A", [6, 7]), ("B", [4, 5]), ("C", [2, 3]), ("D", [0, 1])):
         own = [line for line in lines if line["part"] == name]
         assert [line["part_step"] for line in own] == [1, 2]
         for line in own:
@@ -86,7 +90,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
             assert line["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
     parts = state(undisturbed)["parts"]
     assert isinstance(parts, dict)
-    assert {name: steps for name, (steps, _) in parts.items()} == dict.fromkeys("TABC", 2)
+    assert {name: steps for name, (steps, _) in parts.items()} == dict.fromkeys("TABCD", 2)
     assert state(undisturbed)["seconds"] == pytest.approx(sum(s for _, s in parts.values()))
     assert 0 < state(undisturbed)["cpu_seconds"] < process_time()
     assert len(list((undisturbed / "samples").glob("*.png"))) == STEPS // 2
@@ -98,7 +102,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     trained, averaged = weights(undisturbed, "weights"), weights(undisturbed)
     assert any(not torch.equal(trained[name], averaged[name]) for name in trained)
     first = initial(undisturbed)
-    for name in "TABC":
+    for name in "TABCD":
         own = [key for key in first if key.startswith(f"blocks.{name}.")]
         assert any(not torch.equal(trained[key], first[key]) for key in own)
 
@@ -108,7 +112,7 @@ def test_the_held_out_error_is_that_of_the_averaged_weights_on_the_validation_sp
 ) -> None:
     """Measured anew from the checkpoint: on fixed windows, at fixed noise and clean parents."""
     lines = {str(line["part"]): line for line in metrics(undisturbed, "held_out")}
-    assert lines.keys() == set("TABC")
+    assert lines.keys() == set("TABCD")
     packs = PackSet.open(chain.packs)
     denoiser = Run(undisturbed).load_denoiser(device=torch.device("cpu"))
     objectives = make_objectives(denoiser)
@@ -126,7 +130,7 @@ def test_the_held_out_error_is_that_of_the_averaged_weights_on_the_validation_sp
         np.testing.assert_allclose(line["held_out"], errors.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C"])
+@pytest.mark.parametrize("name", ["A", "B", "C", "D"])
 def test_samples_are_turned_in_the_blocks_that_say_so(
     chain: Chain, undisturbed: Path, name: str
 ) -> None:
@@ -144,8 +148,8 @@ def test_samples_are_turned_in_the_blocks_that_say_so(
             config.training["batch"],
             config.training["seed"],
             augment=turned,
-            part="TABC".index(name),
-            tokens=name != "C",
+            part="TABCD".index(name),
+            tokens=name != "D",
             top_window=config.denoiser.top.training_side,
         )
         batch = batches.at(0)
@@ -165,7 +169,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(
     process = start("jobs.train", arguments)
     stop_when(process, lambda: state(folder).get("step", 0) != 0, signal.SIGKILL)
     assert state(folder)["status"] == "running"
-    assert state(folder)["step"] in (2, 4, 6)
+    assert state(folder)["step"] in (2, 4, 6, 8)
     known = {**state(folder), "cpu_seconds": 5000.0}
     (folder / "state.json").write_text(json.dumps(known))
     assert jobs.train.main(arguments) == 0
@@ -210,7 +214,7 @@ def test_two_lanes_train_what_one_trains(chain: Chain, undisturbed: Path, tmp_pa
         lines = [line for line in metrics(of) if line["part"] == name]
         return [{k: v for k, v in line.items() if k != "step"} for line in lines]
 
-    for name in "TABC":
+    for name in "TABCD":
         assert of_part(folder, name) == of_part(undisturbed, name)
     assert sorted(int(str(line["step"])) for line in metrics(folder))[-1] == STEPS
 
@@ -233,9 +237,9 @@ def test_blocks_are_trained_apart_and_joined(
 ) -> None:
     """Nodes share the work: each block becomes what it becomes beside the others."""
     files = []
-    for number, blocks in enumerate((["B"], ["C", "A"])):
+    for number, blocks in enumerate((["B"], ["D", "C", "A"])):
         folder = tmp_path / str(number)
-        steps = STEPS // 4 * len(blocks)
+        steps = STEPS // 5 * len(blocks)
         arguments = train_arguments(chain, folder, steps, *EXACT, "--blocks", *blocks)
         assert jobs.train.main(arguments) == 0
         files.append(str(folder / "checkpoints" / f"step-{steps:08d}" / "weights.safetensors"))
@@ -322,24 +326,55 @@ def test_muons_momentum_comes_back(undisturbed: Path) -> None:
 def test_the_averaged_weights_of_a_tenth_of_the_training_are_kept(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For autoguidance; until then they are the newest ones."""
+    """For autoguidance."""
     seen: dict[str, list[torch.Tensor]] = {}
     step = Part._step
 
     def observed(part: Part, batch: Batch) -> torch.Tensor:
         losses = step(part, batch)
-        seen.setdefault(part.name, []).append(part._averaged[0].clone())
+        seen.setdefault(part.name, []).append(part.averages.running[0].clone())
         return losses
 
     monkeypatch.setattr(Part, "_step", observed)
     folder = tmp_path / "run"
     arguments = train_arguments(chain, folder, 10, "--blocks", "C", "--save-every", "100")
     assert jobs.train.main(arguments) == 0
-    early, late = weights(folder, "early"), weights(folder)
+    early, late = weights(folder, "early"), weights(folder, "average")
     parameters = Run(folder).load_denoiser(device=torch.device("cpu")).named_parameters()
     name = next(name for name, _ in parameters if name.startswith("blocks.C."))
     assert torch.equal(early[name], seen["C"][0]) and torch.equal(late[name], seen["C"][-1])
     assert not torch.equal(early[name], late[name])
+
+
+def test_images_are_generated_with_the_weights_that_erred_least_on_held_out_regions(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the running averages become; measured at steps that do not depend on time."""
+    errors = iter([3.0, 2.0, 5.0, 6.0, 4.0])
+    seen: dict[int, torch.Tensor] = {}
+
+    def judged(averages: PartAverages, error: float) -> None:
+        found = next(errors)
+        seen[int(found)] = averages.running[0].clone()
+        judge(averages, found)
+
+    judge = PartAverages.judge
+    monkeypatch.setattr(PartAverages, "judge", judged)
+    folder = tmp_path / "run"
+    arguments = train_arguments(chain, folder, 16, "--blocks", "C", "--save-every", "100")
+    assert jobs.train.main(arguments) == 0
+    lines = metrics(folder, "held_out")
+    assert [line["part_step"] for line in lines] == [
+        8,
+        10,
+        12,
+        15,
+        16,
+    ]  # a quarter more each, and the end
+    parameters = Run(folder).load_denoiser(device=torch.device("cpu")).named_parameters()
+    name, value = next((k, v) for k, v in parameters if k.startswith("blocks.C."))
+    assert torch.equal(value, seen[2]) and torch.equal(weights(folder, "average")[name], seen[4])
+    assert state(folder)["errors"] == {"C": 2.0}
 
 
 def test_a_limit_of_time_counts_training_alone(
@@ -453,8 +488,8 @@ def test_a_run_is_not_changed_under_its_feet(
     arguments = train_arguments(chain, tmp_path / "x", 2)
     assert jobs.train.main([*arguments, "--preset", "huge"]) == 2
     assert "choose one of tiny, small, brush, paper" in capsys.readouterr().err
-    assert jobs.train.main([*arguments, "--blocks", "B", "D"]) == 2
-    assert "--blocks D does not exist; this preset has T, A, B, C" in capsys.readouterr().err
+    assert jobs.train.main([*arguments, "--blocks", "B", "E"]) == 2
+    assert "--blocks E does not exist; this preset has T, A, B, C, D" in capsys.readouterr().err
     assert jobs.train.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "x").exists()
 
