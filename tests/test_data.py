@@ -98,7 +98,7 @@ def npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("name", ["T", "A", "B", "C", "D", "uniform", "mixed"])
+@pytest.mark.parametrize("name", ["T", "A", "B", "C", "uniform", "mixed"])
 def test_ranks_share_the_global_batch(
     packs: PackSet, point_packs: dict[str, Path], name: str
 ) -> None:
