@@ -24,7 +24,7 @@ from jobs.run import Run, RunConfig, SupersededError, trained_parts
 from jobs.trainer import Trainer, Training, goals_of, num_lanes
 from model.cascade.config import CascadeConfig
 from model.config import DenoiserConfig, SparseConfig, changed, preset
-from model.family import WHOLE, Denoiser, make_denoiser, shares
+from model.family import WHOLE, Denoiser, computes_densely, make_denoiser, shares
 from pipeline import console
 from pipeline.packfile import PackSet
 
@@ -68,7 +68,8 @@ class Train:
     """Draws in one step, over all ranks; of a cascade windows of a block, of regions smaller than
     a window up to 4 times as many."""
     optimizer: Literal["auto", "muon", "adamw"] = "auto"
-    """auto is muon for cascades (Muon for matrices, AdamW for the rest), adamw otherwise."""
+    """auto is adamw for sparse operators, muon otherwise (Muon for matrices and kernels, AdamW for
+    the rest)."""
     learning_rate: float | None = None
     """Peak of the schedule; by default 0.002 with muon, 0.0001 with adamw."""
     warmup: int = 200
@@ -84,7 +85,7 @@ class Train:
     """DeepSpeed ZeRO stage: 0, 1 or 2; the latter with --optimizer adamw."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """fp32, or bf16 for the arithmetic of layers (weights stay fp32); auto is bf16 on a GPU, and
-    for cascades on CPUs that multiply in it."""
+    on CPUs that multiply in it but for sparse operators."""
     save_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
@@ -142,8 +143,7 @@ def make_training(options: Train, denoiser: DenoiserConfig) -> Training:
         )
     if options.zero not in (0, 1, 2):
         raise ValueError(f"--zero takes 0, 1 or 2, not {options.zero}")
-    cascade = isinstance(denoiser, CascadeConfig)
-    optimizer: OptimizerName = "muon" if cascade else "adamw"
+    optimizer: OptimizerName = "muon" if computes_densely(denoiser) else "adamw"
     if options.optimizer != "auto":
         optimizer = options.optimizer
     elif options.zero:

@@ -29,7 +29,7 @@ from jobs.record import HEARTBEAT_S, SPLIT_NAMES, RunState
 from jobs.run import Run, SupersededError
 from model.cascade.config import CascadeConfig
 from model.cascade.denoiser import CascadeDenoiser
-from model.family import WHOLE, Denoiser, Objective, make_objectives
+from model.family import WHOLE, Denoiser, Objective, computes_densely, make_objectives
 from pipeline import console
 from pipeline.packfile import PackSet
 
@@ -116,8 +116,8 @@ class Trainer:
         """
         self.training, self.ranks, self.lanes = training, ranks, lanes
         self.run, self.packs, self.denoiser, self.clock = run, packs, denoiser, clock
-        cascade = isinstance(denoiser, CascadeDenoiser)
-        fast = multiplies_in_bf16(ranks.device) and (cascade or ranks.device.type == "cuda")
+        dense = computes_densely(denoiser.config) or ranks.device.type == "cuda"
+        fast = multiplies_in_bf16(ranks.device) and dense
         self.bf16 = training.precision == "bf16" or (training.precision == "auto" and fast)
         objectives = make_objectives(denoiser)
         numbers = {name: number for number, name in enumerate(objectives)}

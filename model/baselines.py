@@ -9,14 +9,19 @@ weights, before the solver moves on. Published: 75 % overlap, guidance 3, 50 ste
 What differs from the published system: it diffuses the latents of a pretrained VAE, this one
 pixels, 4 x 4 of which are one place of the U-Net (`pixel_unshuffle`), since there are no such
 weights for any number of bands. A token is alone, so softmax attends to it whatever the query: it
-acts as a bias, there as here. The process is ours (`process`) with the pixel as its lattice: one
-preconditioning for all of a patch, whose signal has variance S = 1 and its white noise sigma^2,
+acts as a bias, there as here. And it has the care that our own model has: white noise leaves
+coarse octaves clear when fine ones drown, so that each Haar octave l of a patch, and the patch's
+mean as one more, is preconditioned at its own variances S_l of the signal and sigma^2 N_l of the
+noise (`process`; EDM's factors, as in a block of the cascade), and Muon moves its kernels:
 
-    x0_hat = c_skip y + c_out F(c_in y, lambda, token),    y = u_t / sqrt(abar) = u_0 + sigma xi,
+    x0_hat = sum_l [ c_skip,l y_l + c_out,l F_l ],    F = net( sum_l c_in,l y_l, lambda, token),
+    y = u_t / sqrt(abar) = u_0 + sigma xi,    lambda = -2 ln sigma.
 
-which makes F the velocity of Salimans and Ho (2022) up to its sign. White noise needs no shifted
-schedule at 256 px; the log-SNR covers every octave of a patch from drowned to clean, and training
-draws it as the cosine schedule does, more often where the image is decided.
+The loss is the mean over octaves of the squared error of F. With one gain for all of a patch
+(`octave_gains=False`, S = N = 1) F is the velocity of Salimans and Ho (2022) up to its sign, and
+the U-Net has to learn another blur at every noise level. White noise needs no shifted schedule at
+256 px; the log-SNR covers every octave of a patch from drowned to clean, and training draws it as
+the cosine schedule does, more often where the image is decided.
 """
 
 import math
@@ -30,12 +35,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from model.attention import Condition
+from model.cascade.objective import NOISE_STREAM, keyed_normals
 from model.coarse import make_unet, unet_time
 from model.config import PUBLISHED_OVERLAP, PatchConfig
 from model.draw import PatchDraw
 from model.generate import Field
+from model.haar import composed, means, pyramid
 from model.lattice import Box
-from model.noise import NoiseTree
 from model.process import Octaves, precondition
 from model.schedule import Cosine, draw_log_snr
 
@@ -64,17 +70,12 @@ class PatchDenoiser(nn.Module):
         return torch.where(keep[:, None], self.content(values), self.null)[:, None]
 
     def correct(
-        self,
-        observed: Float[Tensor, "n c h w"],
-        log_snr: Float[Tensor, " n"],
-        tokens: Float[Tensor, "n 1 t"],
-    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"], Float[Tensor, "n 1 1 1"]]:
-        """F, what is known of u_0 without it, and the scale c_out between them."""
-        factors = precondition(self.octaves, 0, log_snr)
-        x = F.pixel_unshuffle(observed * factors.c_in, self.config.unshuffle)
-        out = self.unet(x, unet_time(factors.log_snr), encoder_hidden_states=tokens).sample
-        correction = F.pixel_shuffle(out, self.config.unshuffle)
-        return correction, observed * factors.c_skip, factors.c_out
+        self, seen: "Seen", log_snr: Float[Tensor, " n"], tokens: Float[Tensor, "n 1 t"]
+    ) -> Float[Tensor, "n c h w"]:
+        """F of all octaves together."""
+        x = F.pixel_unshuffle(seen.scaled, self.config.unshuffle)
+        out = self.unet(x, unet_time(log_snr), encoder_hidden_states=tokens).sample
+        return F.pixel_shuffle(out, self.config.unshuffle).to(x)
 
     def forward(
         self,
@@ -83,23 +84,58 @@ class PatchDenoiser(nn.Module):
         tokens: Float[Tensor, "n 1 t"],
     ) -> Float[Tensor, "n c h w"]:
         """x0_hat."""
-        correction, known, scale = self.correct(observed, log_snr, tokens)
-        return known + scale * correction
+        seen = Seen(self.octaves, observed, log_snr)
+        return seen.estimate(self.correct(seen, log_snr, tokens))
+
+
+class Seen:
+    """Observed patches, octave by octave and their mean last, and what each is preconditioned by.
+
+    Where nothing is preconditioned apart (coarse level 0), the pixels are the only octave.
+    """
+
+    def __init__(
+        self, octaves: Octaves, observed: Float[Tensor, "n c h w"], log_snr: Float[Tensor, " n"]
+    ) -> None:
+        self.levels = octaves.coarse_level
+        self.parts = pyramid(observed, self.levels)
+        self.factors = [precondition(octaves, level, log_snr) for level in range(self.levels + 1)]
+
+    @property
+    def scaled(self) -> Float[Tensor, "n c h w"]:
+        """sum_l c_in,l y_l."""
+        pairs = zip(self.factors, self.parts, strict=True)
+        return composed([factors.c_in * y for factors, y in pairs])
+
+    def estimate(self, out: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """x0_hat = sum_l [ c_skip,l y_l + c_out,l F_l ]."""
+        found = zip(self.factors, self.parts, pyramid(out, self.levels), strict=True)
+        return composed([torch.addcmul(f.c_skip * y, f.c_out, own) for f, y, own in found])
+
+    def targets(self, truth: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "n c _ _"]]:
+        """What F should have been, octave by octave."""
+        wanted = zip(self.factors, self.parts, pyramid(truth, self.levels), strict=True)
+        return [(own - f.c_skip * y) / f.c_out for f, y, own in wanted]
 
 
 class PatchObjective(nn.Module):
-    """The mean squared error of F on drawn patches, as a module that DeepSpeed can wrap.
+    """The mean squared error of F on drawn patches in every octave, fine to coarse, the mean last,
+    as a module that DeepSpeed can wrap.
 
-    The log-SNR is drawn by the cosine schedule, cut to the range of the octaves. The noise of a
-    patch is the keyed field of its sample at the field's origin: white noise is the same
-    everywhere.
+    The log-SNR is drawn by the cosine schedule, cut to the range of the octaves. Noise is keyed by
+    the sample's seed. It need not be known by place here, so that it is not taken from the keyed
+    field but has its law: white.
     """
 
     def __init__(self, denoiser: PatchDenoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
         self.low, self.high = denoiser.octaves.log_snr_range()
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of the losses."""
+        return tuple(range(self.denoiser.octaves.coarse_level + 1))
 
     def forward(
         self,
@@ -107,20 +143,35 @@ class PatchObjective(nn.Module):
         condition: Condition,
         seeds: Int64[Tensor, " b"],
         uniform: Float[Tensor, " b"],
-    ) -> Float[Tensor, "1"]:
+    ) -> Float[Tensor, " levels"]:
         """`seeds` name the noise fields; `uniform` in [0, 1) is the noise level's place in its
         range.
         """
         log_snr = draw_log_snr(Cosine(), uniform, self.low, self.high)
-        truth, present = draw.values, draw.present.to(draw.values)
-        noise = self.tree.boxes(seeds, Box(0, 0, 0, *truth.shape[2:])).to(truth)
+        return self.losses(draw, condition, seeds, log_snr)
+
+    def losses(
+        self,
+        draw: PatchDraw,
+        condition: Condition,
+        seeds: Int64[Tensor, " b"],
+        log_snr: Float[Tensor, " b"],
+    ) -> Float[Tensor, " levels"]:
+        """At given log-SNRs."""
+        present = draw.present.to(draw.values)
+        truth = draw.values * present
+        noise = keyed_normals(seeds, NOISE_STREAM, truth.shape[1:]).to(truth)
         sigma = torch.exp(-log_snr / 2)[:, None, None, None]
         observed = (truth + sigma * noise) * present
         tokens = self.denoiser.encode(condition.values[:, 0], condition.keep)
-        correction, known, scale = self.denoiser.correct(observed, log_snr, tokens)
-        error = (correction - (truth - known) / scale) * present
-        # Over all pixels, absent ones too: the loss of a batch is the mean of those of its parts.
-        return error.square().mean()[None]
+        seen = Seen(self.denoiser.octaves, observed, log_snr)
+        found = pyramid(self.denoiser.correct(seen, log_snr, tokens), seen.levels)
+        # Over all cells, absent ones too: the loss of a batch is the mean of those of its parts.
+        errors = [
+            ((own - wanted).square() * means(present, level)).mean()
+            for level, (own, wanted) in enumerate(zip(found, seen.targets(truth), strict=True))
+        ]
+        return torch.stack(errors)
 
 
 def slerp(

@@ -30,13 +30,15 @@ class PatchConfig:
 
     channels: bands of the image. token_dim: width of the condition's embeddings. patch_px: side of
     a patch, and of the tile whose embedding conditions it. unshuffle: pixels a side that the U-Net
-    takes as one place. The others as in `SparseConfig`.
+    takes as one place. octave_gains: whether every octave of a patch is preconditioned at its own
+    log-SNR, or the patch as a whole. The others as in `SparseConfig`.
     """
 
     channels: int
     token_dim: int
     patch_px: int = 256
     unshuffle: int = 4
+    octave_gains: bool = True
     token_width: int = 64
     unet_widths: tuple[int, ...] = (48, 64, 96, 128)
     unet_attention: int = 2
@@ -100,12 +102,12 @@ class PatchConfig:
         """The process in the octaves of one patch, under white noise: what is coarser than a patch
         counts as its mean.
 
-        The lattice of this process is the pixel itself (coarse level 0), so that there is one
-        preconditioning for all of a patch.
+        The lattice of this process is the mean; without gains for each octave it is the pixel
+        itself (coarse level 0).
         """
         top = self.patch_px.bit_length() - 1
-        inside = (*signal[:top], sum(signal[top:]))
-        return Octaves(inside, (), NoiseSpectrum(top))
+        details, mean = signal[:top], sum(signal[top:])
+        return Octaves((*details, mean), details if self.octave_gains else (), NoiseSpectrum(top))
 
 
 DenoiserConfig = CascadeConfig | SparseConfig | PatchConfig
@@ -248,7 +250,8 @@ def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
         )
     kind: type[DenoiserConfig] = CascadeConfig
     if "patch_px" in values:
-        kind = PatchConfig
+        # Older runs have one gain for all of a patch.
+        kind, values = PatchConfig, {"octave_gains": False, **values}
     elif "normalisation" in values:
         kind = SparseConfig
     unknown = sorted(set(values) - {field.name for field in fields(kind)})

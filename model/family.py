@@ -58,6 +58,13 @@ def shares(config: DenoiserConfig) -> dict[str, float]:
     return config.shares if isinstance(config, CascadeConfig) else {WHOLE: 1.0}
 
 
+def computes_densely(config: DenoiserConfig) -> bool:
+    """Whether nearly all arithmetic is that of dense layers: such denoisers take bfloat16 and
+    Muon where the device and the run allow it. Those of sparse operators do not.
+    """
+    return not isinstance(config, SparseConfig)
+
+
 def generated_level(config: DenoiserConfig, level: int) -> int:
     """The level whose cells are generated for an image of cells of `level`, which may be means of
     them.

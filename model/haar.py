@@ -5,6 +5,8 @@ zero. n levels below some parents, a field has n octaves of details, which are o
 are (b, c, h, w); a cell's 2^n x 2^n descendants lie in one square, and sides are multiples of it.
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -29,16 +31,31 @@ def zero_mean(values: Float[Tensor, "b c h w"], n: int) -> Float[Tensor, "b c h 
     return values - up(means(values, n), n)
 
 
+def pyramid(values: Float[Tensor, "b c h w"], n: int) -> list[Float[Tensor, "b c _ _"]]:
+    """The n octaves below squares of 2^n cells a side, fine to coarse, octave l on cells of 2^l a
+    side; then the means over the squares.
+    """
+    found = []
+    for _ in range(n):
+        coarser = means(values, 1)
+        found.append(values - up(coarser, 1))
+        values = coarser
+    return [*found, values]
+
+
+def composed(octaves: Sequence[Float[Tensor, "b c _ _"]]) -> Float[Tensor, "b c h w"]:
+    """The values whose pyramid this is."""
+    *finer, values = octaves
+    for octave in reversed(finer):
+        values = octave + up(values, 1)
+    return values
+
+
 def details(values: Float[Tensor, "b c h w"], n: int) -> list[Float[Tensor, "b c h w"]]:
     """The n octaves below squares of 2^n cells a side, each on the values' own cells, coarse to
     fine; their sum is `zero_mean`.
     """
-    found = []
-    for level in range(n):
-        coarser = means(values, 1)
-        found.append(up(values - up(coarser, 1), level))
-        values = coarser
-    return found[::-1]
+    return [up(octave, level) for level, octave in enumerate(pyramid(values, n)[:-1])][::-1]
 
 
 INTERPOLATION_MARGIN = 2

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.haar import INTERPOLATION_MARGIN, details, means, predicted, up, zero_mean
+from model.haar import (
+    INTERPOLATION_MARGIN,
+    composed,
+    details,
+    means,
+    predicted,
+    pyramid,
+    up,
+    zero_mean,
+)
 
 
 def normal(*shape: int) -> Tensor:
@@ -28,6 +37,18 @@ def test_details_are_orthogonal_octaves_that_rebuild_the_values(n: int, h: int, 
         assert means(octave, level + 1).abs().max() < 1e-14
         for other in octaves[:i]:
             assert abs((octave * other).sum()) < 1e-10
+
+
+@given(st.integers(0, 4), st.integers(1, 3), st.integers(1, 3))
+def test_a_pyramid_holds_the_details_on_their_own_cells_and_rebuilds_the_values(
+    n: int, h: int, w: int
+) -> None:
+    values = normal(2, 3, h << n, w << n)
+    *octaves, mean = pyramid(values, n)
+    torch.testing.assert_close(composed([*octaves, mean]), values)
+    torch.testing.assert_close(mean, means(values, n))
+    for level, (octave, whole) in enumerate(zip(octaves, details(values, n)[::-1], strict=True)):
+        torch.testing.assert_close(up(octave, level), whole)
 
 
 def test_octaves_go_from_coarse_to_fine() -> None:

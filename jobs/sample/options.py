@@ -69,7 +69,8 @@ class Sample:
     """With --solver ddim: how much fresh noise a step adds, from 0 (none, the default) to 1
     (ancestral)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of layers; auto is bf16 for cascades, where the device multiplies in it."""
+    """Arithmetic of layers; auto is bf16 where the device multiplies in it, but for sparse
+    operators."""
     tile: str = "auto"
     """Side of a tile in pixels (of a cascade in cells of each block), a multiple of the coarse
     cell; auto suits the device."""

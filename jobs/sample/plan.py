@@ -14,7 +14,7 @@ from jobs.sample.options import Sample
 from jobs.subject import RegionSubject, Subject, regions_for, subjects_without_condition
 from model.cascade.config import CascadeConfig
 from model.config import DenoiserConfig
-from model.family import shares
+from model.family import computes_densely, shares
 from model.lattice import at_level
 from model.solver import make_solver
 from pipeline.store import Store
@@ -181,7 +181,7 @@ def _share(text: str, subjects: Sequence[Subject]) -> Sequence[Subject]:
 def _bf16(precision: str, device: torch.device, denoiser: DenoiserConfig) -> bool:
     """Whether layers compute in bfloat16."""
     if precision == "auto":
-        return isinstance(denoiser, CascadeConfig) and multiplies_in_bf16(device)
+        return computes_densely(denoiser) and multiplies_in_bf16(device)
     return precision == "bf16"
 
 
