@@ -43,6 +43,7 @@ from jobs.evaluate.features import (
     FeatureChoice,
     FeatureSpace,
     choose_space,
+    columns_of,
     store_encoder,
 )
 from jobs.evaluate.measure import Measured, cache_file, measure
@@ -86,8 +87,9 @@ class EvaluateOptions:
     out: Path
     """The JSON file to write; what was measured on the real crops is kept beside it."""
     features: str = "auto"
-    """clip-vit-b-32, inception-v3, an encoder's folder, or the name of one that embedded the
-    store. auto takes the first of these whose weights are on this machine."""
+    """clip-vit-b-32, inception-v3, efficientnet-lite0, an encoder's folder, or the name of one
+    that embedded the store. auto takes the first of these whose weights are on this machine (those
+    of efficientnet-lite0 come with the installation) and that sees the store's pixels."""
     weights: Path | None = None
     """The weight file of clip-vit-b-32 (safetensors) or inception-v3, where it is not in the usual
     cache. Nothing is fetched."""
@@ -252,20 +254,22 @@ def _compare_features(
         "key": space.key,
         "label": space.label,
         "dim": space.dim,
+        "fid_dim": space.fid_dim,
+        "kid_dim": space.kid_dim,
         "conditions_images": space.conditions_images,
     }
     smaller = min(len(painted), len(real))
-    if smaller <= space.dim:
+    if smaller <= space.fid_dim:
         run.note(
-            f"{smaller} crops are no more than the {space.dim} dimensions of {space.name}: "
-            "covariances are singular and Crop FID is biased upward; read it against its floor, "
-            "and read KID"
+            f"{smaller} crops are no more than the {space.fid_dim} dimensions of {space.name} "
+            "for Crop FID: covariances are singular and it is biased upward; read it against its "
+            "floor, and read KID"
         )
     of_painted, of_real = group(crops.painted), group(crops.real)
     run.found["protocol"]["groups"] = {"generated": of_painted.how, "real": of_real.how}
     console.say("evaluate: distances, their floors and intervals")
-    wanted = run.options.metrics
-    run.found |= distances(painted, of_painted, real, of_real, wanted, run.options.seed)
+    columns = {name: own for name, own in columns_of(space).items() if run.wants(name)}
+    run.found |= distances(painted, of_painted, real, of_real, columns, run.options.seed)
 
 
 def _compare_conditions(run: Evaluation, space: FeatureSpace | None) -> None:
