@@ -19,7 +19,9 @@ from torch_fidelity.utils import create_feature_extractor
 import jobs.evaluate
 from jobs.evaluate.crops import crop_is_valid, find_painted, painted_crops, real_crops
 from jobs.evaluate.features import FeatureChoice, choose_space, columns_of
+from jobs.evaluate.kept import CropFeatures
 from jobs.evaluate.lite0 import load_lite0, load_network
+from jobs.evaluate.metrics import frechet_between
 from jobs.evaluate.published import load_clip, load_inception
 from jobs.weights import lite0_weights
 from pipeline.ome import OmeImage
@@ -105,7 +107,35 @@ def copies(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     paint_four(folder, Store.open(chain.store), copy)
     (folder / "other-layout.json").write_text('{"own": 1}')
     (folder / "list.json").write_text("[1]")
-    return folder, evaluate(chain.store, folder, folder / "out" / "metrics.json")
+    keep = ["--keep", str(folder / "out" / "crops.npz")]
+    return folder, evaluate(chain.store, folder, folder / "out" / "metrics.json", *keep)
+
+
+def test_features_are_kept_with_where_they_are_from(
+    chain: Chain, copies: tuple[Path, dict[str, Any]]
+) -> None:
+    """What is kept gives the same distances, and a copy has the features of the place it is of."""
+    folder, found = copies
+    kept = CropFeatures.read(folder / "out" / "crops.npz")
+    store = Store.open(chain.store)
+    assert kept.store == store.fingerprint() and kept.space == found["features"]["key"]
+    assert [(r.y, r.x) for r in kept.regions] == [(0, 0), (0, 256), (0, 512), (512, 256)]
+    assert (len(kept.painted), len(kept.real)) == (found["n"]["generated"], found["n"]["real"])
+    for own in kept.columns.values():
+        assert kept.painted[:, own].shape[1] in (112, 1280)
+    value = frechet_between(*(x[:, kept.columns["crop_fid"]] for x in (kept.painted, kept.real)))
+    assert value == pytest.approx(found["crop_fid"]["value"])
+    pairs = [
+        (kept.painted[i], kept.real[j])
+        for i, region in enumerate(kept.regions[k] for k in kept.owner)
+        for j, crop in enumerate(kept.crops)
+        if (region.y, region.x) == (crop.y, crop.x)
+    ]
+    assert pairs
+    for painted, real in pairs:
+        np.testing.assert_allclose(painted, real, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"jobs.evaluate --keep makes it"):
+        CropFeatures.read(folder / "nothing.npz")
 
 
 def test_a_copy_of_real_regions_is_as_good_as_real(
@@ -130,7 +160,7 @@ def test_a_copy_of_real_regions_is_as_good_as_real(
     cosine = found["condition_cosine"]
     assert cosine["own"] == pytest.approx(1, abs=1e-5)
     assert cosine["other"] < 0.9
-    assert cosine["tokens"] == 64
+    assert (cosine["tokens"], cosine["footprint_px"]) == (64, 64)
     space = found["features"]
     assert (space["name"], space["fid_dim"], space["kid_dim"]) == ("efficientnet-lite0", 112, 1280)
     assert not space["conditions_images"]
@@ -187,6 +217,9 @@ def test_another_regions_copy_does_not_follow_its_condition(
     pixels = store.image(other.image).read(0, 256, SIDE, SIDE)
     name = paint(tmp_path, store, own, lambda _: pixels)
     metrics = ["--metrics", "layout", "condition_cosine"]
+    coarse = [*metrics, "--footprint", "256"]
+    cosine = evaluate(chain.store, tmp_path, tmp_path / "c.json", *coarse)["condition_cosine"]
+    assert (cosine["tokens"], cosine["footprint_px"]) == (4, 256)
     found = evaluate(chain.store, tmp_path, tmp_path / "m.json", *metrics)
     assert set(found) == {
         *("protocol", "provenance", "layout", "condition_cosine", "notes", "failed")
@@ -439,6 +472,8 @@ def test_mistakes_are_sentences(
         (["--weights", "x"], "--weights belongs to --features"),
         (["--features", "nobody"], "encoder 'nobody' has not embedded"),
         (["--max-crops", "1"], "--max-crops takes 4 or more"),
+        (["--metrics", "layout", "--keep", "x"], "ask for one"),
+        (["--metrics", "condition_cosine", "--footprint", "32"], "which has those of 64, 256 px"),
         (["--features", "clip-vit-b-32", "--weights", "x"], "cannot be read as safetensors"),
     ):
         code, said = run(copies[0], *more)

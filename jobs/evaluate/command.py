@@ -46,6 +46,7 @@ from jobs.evaluate.features import (
     columns_of,
     store_encoder,
 )
+from jobs.evaluate.kept import CropFeatures
 from jobs.evaluate.measure import Measured, cache_file, measure
 from jobs.evaluate.metrics import Features
 from jobs.evaluate.published import CLIP, INCEPTION
@@ -97,6 +98,11 @@ class EvaluateOptions:
     """Which to compute."""
     encoder: Path | None = None
     """Folder of the encoder that conditioned the images, where it has moved."""
+    footprint: int | None = None
+    """Side in px of the tokens whose condition cosine is measured; by default the finest that
+    conditioned the images. Cosines at unlike footprints do not compare."""
+    keep: Path | None = None
+    """Also keep the features of all crops in this .npz file, for paired comparisons."""
     max_crops: int = 10_000
     """At most so many crops on either side."""
     white_level: float | None = None
@@ -138,6 +144,8 @@ def evaluate(options: EvaluateOptions) -> int:
         )
     if options.max_crops < 4:
         raise ValueError(f"--max-crops takes 4 or more, not {options.max_crops}")
+    if options.keep is not None and not OF_FEATURES & {*options.metrics}:
+        raise ValueError("--keep keeps features, which only crop_fid and kid need; ask for one")
     store = Store.open(options.real)
     painted, failures = find_painted(options.generated, store)
     run = Evaluation(options, store, painted, choose_device(options.device), failures)
@@ -222,6 +230,8 @@ def _say_plan(run: Evaluation, crops: CropPair | None, space: FeatureSpace | Non
             lines.append(f"  memory    {memory / 1e9:.2f} GB beside the network")
     lines.append(f"  to        {run.options.out}")
     kept_bytes = 4 * len(crops.real) * space.dim if crops and space else 0
+    if crops and space and run.options.keep is not None:
+        kept_bytes += 4 * (len(crops.painted) + len(crops.real)) * space.dim
     console.say_plan("\n".join(lines), run.options.out.parent, FEW_BYTES + kept_bytes)
 
 
@@ -237,6 +247,9 @@ def _compare_crops(run: Evaluation, crops: CropPair, space: FeatureSpace | None)
     painted = measure(
         crops.painted, {item.name: item.image for item in run.painted}, space, "painted"
     )
+    if space is not None and run.options.keep is not None:
+        sides = (crops.painted, painted.features), run.painted, (crops.real, real.features)
+        CropFeatures.of(*sides, space, run.store.fingerprint()).write(run.options.keep)
     run.found["n"] = {"real": len(crops.real), "generated": len(crops.painted)}
     if space is not None:
         _compare_features(run, crops, painted.features, real.features, space)
@@ -295,7 +308,14 @@ def _compare_conditions(run: Evaluation, space: FeatureSpace | None) -> None:
             f"--encoder {run.options.encoder} is {encoder.key} and the images were conditioned by "
             f"{known.encoder_key}; name that one"
         )
-    total, left_out = cosines(run.painted, run.store, encoder, known.footprint_px)
+    footprints = run.store.footprints(encoder.key)
+    footprint = run.options.footprint or known.footprint_px or min(footprints, default=None)
+    if run.options.footprint not in (None, *footprints):
+        raise ValueError(
+            f"--footprint {footprint} has no tokens in {run.store.path}, which has those of "
+            f"{', '.join(map(str, footprints))} px by {encoder.key}; name one of these"
+        )
+    total, left_out = cosines(run.painted, run.store, encoder, footprint)
     for name, reason in left_out.items():
         run.note(f"{name} is not in the condition cosine: {reason}")
     if total is not None:
@@ -305,6 +325,7 @@ def _compare_conditions(run: Evaluation, space: FeatureSpace | None) -> None:
             "other": other,
             "tokens": total.count,
             "encoder": encoder.key,
+            "footprint_px": footprint,
         }
 
 
