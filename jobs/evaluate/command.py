@@ -5,7 +5,8 @@ corner. Real crops of 256 px tile the regions that were held out (val and test; 
 those give fewer than 4), without overlap. Crops of slides are taken as they are, glass included,
 on both sides; crops of aerial images are wholly valid data, and a painted crop counts only where
 99 % of what conditioned it is. At most --max-crops a side, chosen by the seed. The feature
-network sees a crop as its own protocol demands. Crop FID is the squared Frechet distance of the
+network sees a crop as its own protocol demands (of EfficientNet-lite0 Crop FID reads the middle,
+KID the end). Crop FID is the squared Frechet distance of the
 two Gaussians fitted to all features; KID the unbiased squared maximum mean discrepancy with the
 kernel (x.y / d + 1)^3 over all pairs. Their floor is what real crops score against other real
 crops: one draw of as many as were painted (at most half of the real ones) against all that is left
