@@ -43,6 +43,7 @@ class Recipe:
     each pass, None for its own numbers; guidance counts each twice. bf16: whether layers compute
     in bfloat16. level: of the field's cells, below 0 finer than the training's.
     overlap: of the windows of patch diffusion. eta: of the solver ddim, where it adds noise.
+    autoguidance: of a cascade's blocks, None for each one's own.
     """
 
     height: int
@@ -55,6 +56,7 @@ class Recipe:
     overlap: float | None = None
     eta: float | None = None
     bf16: bool = False
+    autoguidance: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What names the image; what does not concern it is left out."""

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.averages import EARLY, PartAverages
 from jobs.data import Batch, Batches
 from jobs.engine import Ranks
 from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
 from model.draw import BlockDraw, TopDraw
 from model.family import Objective
 
-HELD_OUT_PART = 0.03
-"""Of the training time, for measuring the held-out error."""
 HELD_OUT_WINDOWS = 16
+HELD_OUT_FIRST, HELD_OUT_GROWTH = 8, 1.25
+"""Steps at which the held-out error is measured: the first, and the ratio of one to the next. That
+takes 3 % of a few thousand steps; a part with few regions is at its best after a hundred or two.
+"""
 Clock = Callable[[], float]
 """Tells seconds: by the time of day, or CPU time."""
 LAST_RATE = 0.05
@@ -58,9 +61,8 @@ class Rate:
 class Part:
     """One part of a denoiser in training.
 
-    ema: averaged weights, shared with the run, by the names of the denoiser's parameters.
-    held_out: the batch on which its error is measured, and the split that it is of; None for
-    kinds that have no such measure.
+    averages: of its weights, shared with the run. held_out: the batch on which its error is
+    measured, and the split that it is of; None for kinds that have no such measure.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Part:
         goal: Goal,
         rate: Rate,
         ema_decay: float,
-        ema: dict[str, Tensor],
+        averages: PartAverages,
         ranks: Ranks,
         bf16: bool,
         held_out: tuple[Batch, str] | None,
@@ -81,12 +83,12 @@ class Part:
         self.name, self.objective, self.engine, self.goal = name, objective, engine, goal
         self.batches, self.rate, self.ranks, self.bf16 = batches, rate, ranks, bf16
         self.ema_decay, self.held_out_batch, self.clock = ema_decay, held_out, clock
-        self.step, self.seconds, self.held_out_seconds = 0, 0.0, 0.0
+        self.step, self.seconds, self.averages = 0, 0.0, averages
         self.held_out_error: float | None = None
+        self.held_out_step = 0
         self._source: Iterator[Batch] | None = None
-        self._averaged = list(ema.values())
         self._weights: list[Tensor] = list(objective.parameters())
-        assert len(self._averaged) == len(self._weights)
+        assert len(averages.running) == len(self._weights)
 
     @property
     def progress(self) -> float:
@@ -129,35 +131,46 @@ class Part:
             losses = self.engine(batch.draw, batch.condition, batch.seeds, batch.uniform)
         self.engine.backward(losses.mean())
         self.engine.step()
-        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            weights = [weight.float() for weight in self._weights]
-            torch._foreach_lerp_(self._averaged, weights, 1 - decay)
+        self.averages.update(self._weights, self.step, self.ema_decay, self.progress)
         return losses.detach()
 
+    def resume(self, step: int, seconds: float, error: float | None) -> None:
+        """Go on after so many steps, with weights and averages that are those of then.
+
+        error: of the best averages so far.
+        """
+        self.step, self.seconds, self.held_out_step = step, seconds, step
+        self.averages.is_early = self.progress < EARLY
+        self.averages.error = error
+
     def held_out_due(self) -> bool:
-        """Whether another measurement of the held-out error stays within its part of the time."""
-        if self.held_out_batch is None:
+        """Whether the held-out error is to be measured after this step: a matter of steps alone,
+        so that a run that was interrupted measures where an undisturbed one does.
+        """
+        if self.held_out_batch is None or self.step == self.held_out_step:
             return False
-        return self.finished or self.held_out_seconds <= HELD_OUT_PART * self.seconds / 2
+        if self.finished:
+            return True
+        passed = next_measurement(self.held_out_step)
+        return self.step >= passed
 
     def held_out(self) -> dict[str, Any]:
         """The averaged weights' error of F on held-out windows, over cells that are valid: rows by
         log-SNR, columns by level, fine to coarse. The best linear estimate has about 1.
         """
         assert self.held_out_batch is not None and isinstance(self.objective, BlockObjective)
-        started = self.clock()
         batch, split = self.held_out_batch
         assert isinstance(batch.draw, TopDraw | BlockDraw)
         with torch.no_grad():
             kept = [weight.clone() for weight in self._weights]
-            torch._foreach_copy_(self._weights, self._averaged)
+            torch._foreach_copy_(self._weights, self.averages.running)
             with torch.autocast(self.ranks.device.type, torch.bfloat16, self.bf16):
                 errors = self.objective.held_out(batch.draw, batch.condition, batch.seeds)
                 errors = errors / mean_weight(batch.draw)
             torch._foreach_copy_(self._weights, kept)
-        self.held_out_seconds += self.clock() - started
-        self.held_out_error = float(errors.mean())
+        self.held_out_step, self.held_out_error = self.step, float(errors.mean())
+        if split != "train":
+            self.averages.judge(self.held_out_error)
         return {
             "split": split,
             "log_snrs": list(HELD_OUT_LOG_SNRS),
@@ -170,6 +183,14 @@ class Part:
         if self._source is not None:
             self._source.close()  # type: ignore[attr-defined]
             self._source = None
+
+
+def next_measurement(step: int) -> int:
+    """The first step after this one at which the held-out error is measured."""
+    due = float(HELD_OUT_FIRST)
+    while int(due) <= step:
+        due *= HELD_OUT_GROWTH
+    return int(due)
 
 
 def mean_weight(draw: TopDraw | BlockDraw) -> float:

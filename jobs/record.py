@@ -23,7 +23,8 @@ SPLIT_NAMES = {"val": "validation", "test": "test", "train": "training"}
 class RunState:
     """Where a run stands: `checkpoint` is what to resume from, `seconds` the training so far,
     `cpu_seconds` what that took of all cores of the first rank, `parts` the steps and seconds of
-    every part of the denoiser that is trained on its own.
+    every part of the denoiser that is trained on its own, `errors` the least held-out error of
+    each so far.
     """
 
     status: str
@@ -36,6 +37,7 @@ class RunState:
     job_id: str | None
     parts: dict[str, list[int | float]] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def host_and_process(self) -> tuple[str, str]:

@@ -5,7 +5,8 @@
     run/metrics.jsonl           one line every few steps
     run/tensorboard/            the same as TensorBoard events
     run/samples/                a small picture at every checkpoint
-    run/checkpoints/step-N/     weights.safetensors, ema.safetensors, deepspeed/
+    run/checkpoints/step-N/     weights.safetensors, ema.safetensors and other averages
+                                (`jobs.averages`), deepspeed/
 
 Sampling reads config.json and safetensors only. A run has one owner: a process that finds another
 name in state.json has been superseded and stops before it writes.
@@ -49,8 +50,8 @@ from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 CHECKPOINTS_KEPT = 2
 TRAINED = "trained"
 """In a file of weights: the parts of the denoiser that its run trains."""
-CHECKPOINT_BYTES_PER_PARAMETER = 20
-"""Weights, averaged weights, and DeepSpeed's weights with two moments, all in float32."""
+CHECKPOINT_BYTES_PER_PARAMETER = 28
+"""Weights, three averages, and DeepSpeed's weights with two moments, all in float32."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Run:
             cpu_seconds=before.cpu_seconds if before else 0.0,
             checkpoint=before.checkpoint if before else None,
             parts=before.parts if before else {},
+            errors=before.errors if before else {},
             restarts=before.restarts + 1 if before else 0,
             job_id=os.environ.get("SLURM_JOB_ID"),
         )
@@ -270,6 +272,17 @@ class Run:
         file = self.path / "checkpoints" / state.checkpoint / f"{weights}.safetensors"
         denoiser.load_state_dict(load_file(file))
         return denoiser.to(device).eval().requires_grad_(False)
+
+    def load_early(self, *, device: torch.device) -> Denoiser | None:
+        """A cascade as it was early in its training, None where that was not kept."""
+        return self.load_denoiser(device=device, weights="early") if self.keeps_early() else None
+
+    def keeps_early(self) -> bool:
+        """Whether the newest checkpoint holds weights early in the training."""
+        state = self.state()
+        if state is None or state.checkpoint is None:
+            return False
+        return (self.path / "checkpoints" / state.checkpoint / "early.safetensors").is_file()
 
 
 def trained_parts(file: Path) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ class Train:
     """Kind and size of the denoiser: the cascades brush (450M parameters), small, or tiny (two CPU
     cores); paper and paper-tiny are the papers' sparse operators, for packs of --design uniform
     --mollifier 1, infinity-diff and infinity-diff-tiny the same as an autoencoder; patch-brush and
-    patch are patch diffusion, for packs of --design patch."""
+    patch are patch diffusion, for packs of --design patch. Or a .json file of fields that differ
+    from those of the preset that it names as "base"."""
     steps: int = 100_000
     """Steps of the whole run; blocks of a cascade share them. 0 trains nothing and keeps the
     weights of --init-from."""
@@ -194,8 +195,9 @@ def train(options: Train) -> int:
     denoiser = make_denoiser(config.denoiser, config.octaves, options.backend)
     run = Run(options.run)
     begun = run.state()
+    early: dict[str, Tensor] | None = None
     if options.init_from and (begun is None or begun.checkpoint is None):
-        initialise(denoiser, options.init_from, training.blocks)
+        early = initialise(denoiser, options.init_from, training.blocks)
     parameters = sum(p.numel() for p in denoiser.parameters())
     plan = (
         f"train: preset {options.preset}, {parameters / 1e6:.1f}M parameters, {options.steps} "
@@ -230,7 +232,7 @@ def train(options: Train) -> int:
         status = "done"
         if not _finished(before, goals):
             trainer = Trainer(
-                training, goals, options.seed, denoiser, ranks, lanes, run, packs, clock
+                training, goals, options.seed, denoiser, ranks, lanes, run, packs, clock, early
             )
             try:
                 status = trainer.loop(before, options.save_every, options.log_every)
@@ -261,10 +263,26 @@ def clock_of(options: Train, ranks: Ranks) -> tuple[Clock, float | None]:
     return lambda: time.process_time() / threads, 60 * options.max_cpu_minutes / threads
 
 
-def initialise(denoiser: Denoiser, files: Sequence[Path], trained: Sequence[str]) -> None:
+def initialise(
+    denoiser: Denoiser, files: Sequence[Path], trained: Sequence[str]
+) -> dict[str, Tensor] | None:
     """Load weights of a denoiser of the same size; of several files, from each the blocks that its
-    run trained. trained: the blocks that are trained now, which need no weights.
+    run trained. Returns the weights early in the training of these runs, where all kept them.
+
+    trained: the blocks that are trained now, which need no weights.
     """
+    weights = joined_weights(denoiser, files, trained)
+    early = [file.with_name("early.safetensors") for file in files]
+    known = all(file.is_file() for file in early)
+    found = joined_weights(denoiser, early, trained) if known else None
+    denoiser.load_state_dict(weights)
+    return found
+
+
+def joined_weights(
+    denoiser: Denoiser, files: Sequence[Path], trained: Sequence[str]
+) -> dict[str, Tensor]:
+    """The state of a denoiser with the weights of files, see `initialise`."""
     own = denoiser.state_dict()
     owners: dict[str, Path] = {}
     for file in files:
@@ -299,7 +317,7 @@ def initialise(denoiser: Denoiser, files: Sequence[Path], trained: Sequence[str]
             f"--init-from gives no weights of block {missing[0]}, which is not trained now "
             "either; name a run that trained it as well"
         )
-    denoiser.load_state_dict(own)
+    return own
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.averages import Averages
 from jobs.data import Batch, Batches, held_out_split
 from jobs.engine import Ranks, build, multiplies_in_bf16
 from jobs.optimizer import OptimizerName
-from jobs.parts import HELD_OUT_PART, HELD_OUT_WINDOWS, Clock, Goal, Part, Rate
+from jobs.parts import HELD_OUT_WINDOWS, Clock, Goal, Part, Rate
 from jobs.preview import write_preview
 from jobs.record import HEARTBEAT_S, SPLIT_NAMES, RunState
 from jobs.run import Run, SupersededError
@@ -108,7 +109,11 @@ class Trainer:
         run: Run,
         packs: PackSet,
         clock: Clock = time.perf_counter,
+        early: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """early: weights early in the training that the denoiser begins with, where they are
+        known.
+        """
         self.training, self.ranks, self.lanes = training, ranks, lanes
         self.run, self.packs, self.denoiser, self.clock = run, packs, denoiser, clock
         cascade = isinstance(denoiser, CascadeDenoiser)
@@ -127,10 +132,7 @@ class Trainer:
             )
             for name in goals
         }
-        self.ema = {
-            name: parameter.detach().clone().float().to(ranks.device)
-            for name, parameter in denoiser.named_parameters()
-        }
+        self.averages = Averages(denoiser, ranks.device, early)
         self.parts = [
             self._part(name, objectives[name], engines[name], numbers[name], goal, seed)
             for name, goal in goals.items()
@@ -154,12 +156,6 @@ class Trainer:
             tokens=self._reads_tokens(place),
             top_window=self._top_window,
         )
-        owned = {id(parameter) for parameter in objective.parameters()}
-        ema = {
-            path: self.ema[path]
-            for path, parameter in self.denoiser.named_parameters()
-            if id(parameter) in owned
-        }
         return Part(
             name,
             objective,
@@ -168,7 +164,7 @@ class Trainer:
             goal,
             Rate(training.learning_rate, training.warmup),
             training.ema,
-            ema,
+            self.averages.of(self.denoiser, objective),
             self.ranks,
             self.bf16,
             None if place is None or self.ranks.rank else self._held_out(place),
@@ -251,7 +247,9 @@ class Trainer:
                 while idle and len(waiting) < self.lanes and not (saving or self.stopping):
                     part = min(idle, key=lambda p: p.progress)
                     idle.remove(part)
-                    waiting[self._submit(pool, part, log_every)] = part
+                    # To the next line of the log, wherever an earlier process was stopped.
+                    steps = log_every - part.step % log_every
+                    waiting[self._submit(pool, part, steps)] = part
                 if not waiting:
                     if saving and idle and not self.stopping:
                         self._save("running")
@@ -391,7 +389,10 @@ class Trainer:
             self.run.check_owner()
             trained = [part.name for part in self.parts]
             self.run.write_weights(step, "weights", weights, trained)
-            self.run.write_weights(step, "ema", self.ema, trained)
+            for part in self.parts:
+                part.averages.settle()
+            for name, averages in self._averages().items():
+                self.run.write_weights(step, name, averages, trained)
             self.run.update(
                 status=status,
                 step=step,
@@ -399,6 +400,11 @@ class Trainer:
                 cpu_seconds=round(self.cpu.seconds, 2),
                 checkpoint=folder.name,
                 parts={part.name: [part.step, part.seconds] for part in self.parts},
+                errors={
+                    part.name: part.averages.error
+                    for part in self.parts
+                    if part.averages.error is not None
+                },
             )
             self.run.drop_old_checkpoints()
             write_preview(self.run, self.packs, step, self.ranks.device)
@@ -406,6 +412,10 @@ class Trainer:
         self._write(write)
         self._agree()
         self.cpu.start()
+
+    def _averages(self) -> dict[str, dict[str, Tensor]]:
+        """By the names of their files."""
+        return self.averages.files(chosen=isinstance(self.denoiser, CascadeDenoiser))
 
     def _resume(self, before: RunState) -> None:
         self.cpu.seconds = before.cpu_seconds
@@ -418,13 +428,13 @@ class Trainer:
                     f"start another --run with --init-from {folder.parent / 'weights.safetensors'}"
                 )
             steps, seconds = before.parts[part.name]
-            part.step, part.seconds = int(steps), float(seconds)
-            part.held_out_seconds = HELD_OUT_PART * part.seconds / 2
+            part.resume(int(steps), float(seconds), before.errors.get(part.name))
         own = {id(p) for part in self.parts for p in part.objective.parameters()}
         weights = self.run.read_weights(before.step, "weights")
         with torch.no_grad():
-            for name, value in self.run.read_weights(before.step, "ema").items():
-                self.ema[name].copy_(value)
+            for kind, averages in self._averages().items():
+                for name, value in self.run.read_weights(before.step, kind).items():
+                    averages[name].copy_(value)
             for name, parameter in self.denoiser.named_parameters():
                 if id(parameter) not in own:  # of a block that is not trained here
                     parameter.copy_(weights[name])

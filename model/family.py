@@ -85,12 +85,16 @@ def make_passes(
     overlap: float | None = None,
     sampling: Sampling = EVERY_PIXEL,
     values: ValueRange | None = None,
+    early: Denoiser | None = None,
+    autoguidance: float | None = None,
 ) -> list[Pass]:
     """The trajectories by which an image of cells of `level` is generated, one after the other.
 
     steps: evaluations of each; None for the denoiser's own numbers. overlap: of the windows of
     patch diffusion, where it is not the published one. sampling: of the images that sparse
-    operators were trained on. values: that images can have, for cascades.
+    operators were trained on. values: that images can have, for cascades. early, autoguidance: a
+    cascade early in its training, from which estimates are taken further away; None for each
+    block's own weight.
     """
     if isinstance(denoiser, CascadeDenoiser):
         return cascade_passes(
@@ -101,6 +105,8 @@ def make_passes(
             level=level,
             steps=steps,
             values=values,
+            early=early if isinstance(early, CascadeDenoiser) else None,
+            autoguidance=autoguidance,
         )
     evaluations = DEFAULT_STEPS if steps is None else steps
     if isinstance(denoiser, SparseOperatorDenoiser):

@@ -53,7 +53,8 @@ class PackSettings:
     uniform_part: of the design, None where it has none. lattice: whether draws of points
     hold the lattice too. mollifier_sigma_px: of the Gaussian that smoothed the pixels before the
     draw, 0 for none. classes: the labels that training regions have, sorted; a label's number is
-    its place here.
+    its place here. blocks: (level of parents, fine level, window) of a cascade that is not the
+    presets', coarse to fine.
     """
 
     store: str
@@ -75,6 +76,7 @@ class PackSettings:
     uniform_part: float | None = None
     mollifier_sigma_px: float = 0.0
     classes: tuple[str, ...] = ()
+    blocks: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> "PackSettings":
@@ -96,6 +98,7 @@ class PackSettings:
             window=self.window,
             lattice=self.lattice,
             uniform_part=self.uniform_part,
+            blocks=self.blocks,
         )
 
     def sampling(self) -> Sampling:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fields import CONFIG
 from model.cascade.config import A, BlockConfig, CascadeConfig, TopConfig
 from model.cascade.denoiser import CascadeDenoiser
 from model.config import changed, config_from_dict, preset
-from model.design import CascadeDesign, Extent, UniformDesign, WindowsBelow
+from model.design import CascadeDesign, Extent, UniformDesign, WindowsBelow, make_design
 from model.family import generated_level, make_denoiser, shares
 
 TINY = preset("tiny", channels=3, token_dim=1024)
@@ -107,7 +109,37 @@ def test_what_is_no_cascade_is_a_sentence(change: str, sentence: str) -> None:
         changed(TINY, [change])
 
 
-def test_blocks_join_down_to_the_pixel() -> None:
+def test_a_preset_may_be_a_file_of_what_differs(tmp_path: Path) -> None:
+    """And packs are made for its blocks: those of --blocks suit, others do not."""
+    halves = (replace(TINY.blocks[1], name="D", fine=4, widths=(8, 8), depths=(1, 1), window=8),)
+    halves += (replace(halves[0], name="B", parents=4, fine=2, window=16),)
+    mine = (TINY.blocks[0], *halves, TINY.blocks[2])
+    wanted = replace(TINY, token_dim=8, blocks=mine, parents_noise=0.1)
+    file = tmp_path / "mine.json"
+    content = {"base": "tiny", "parents_noise": 0.1}
+    content["blocks"] = [dataclasses.asdict(block) for block in wanted.blocks]
+    file.write_text(json.dumps(content))
+    assert preset(str(file), channels=3, token_dim=8) == wanted
+    blocks = [(8, 6, 8), (6, 4, 8), (4, 2, 16), (2, 0, 32)]
+    wanted.check_design(make_design("cascade", points=65_536, blocks=blocks))
+    with pytest.raises(ValueError, match=r"pack again \(--blocks 8:6:8 6:4:8 4:2:16 2:0:32\)"):
+        wanted.check_design(CascadeDesign())
+    for text, said in (
+        ("{", "is no file of a preset"),
+        ("[]", "is no file of a preset"),
+        ("{}", "is no file of a preset \\('base'\\)"),
+        ('{"base": "huge"}', "choose one of tiny"),
+        ('{"base": "tiny", "colour": 1}', "unknown keys \\['colour'\\]"),
+        ('{"base": "tiny", "blocks": [{"name": "A"}]}', "blocks with all of theirs"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            preset(str(file), channels=3, token_dim=8)
+    with pytest.raises(ValueError, match="No such file"):
+        preset(str(tmp_path / "none.json"), channels=3, token_dim=8)
+
+
+def test_minejoin_down_to_the_pixel() -> None:
     assert [block.octaves for block in TINY.blocks] == [2, 4, 2]
     assert [generated_level(TINY, level) for level in range(9)] == [0, 0, 2, 2, 2, 2, 6, 6, 6]
     with pytest.raises(ValueError, match="from level 2 to 5, but a block goes from coarse"):

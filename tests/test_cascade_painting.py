@@ -20,10 +20,27 @@ TOP, FINE = CONFIG.top.level, CONFIG.blocks[0].fine
 
 
 def passes_of(
-    *, guidance: float = 1.0, tile: int = 1024, level: int = 0, steps: int = 3, seed: int = 0
+    *,
+    guidance: float = 1.0,
+    tile: int = 1024,
+    level: int = 0,
+    steps: int = 3,
+    seed: int = 0,
+    early: int | None = None,
+    autoguidance: float | None = None,
 ) -> list[Pass]:
+    """early: seed of the denoiser that is guided away from."""
     net, given = fields.denoiser(seed), fields.condition(1)
-    return make_passes(net, given, guidance=guidance, tile=tile, level=level, steps=steps)
+    return make_passes(
+        net,
+        given,
+        guidance=guidance,
+        tile=tile,
+        level=level,
+        steps=steps,
+        early=None if early is None else fields.denoiser(early),
+        autoguidance=autoguidance,
+    )
 
 
 def recipe_of(
@@ -51,6 +68,37 @@ def test_any_tiling_of_every_block_gives_the_same_image(
     for tile in (24, 40) if size == (96, 160) else (8, 16):
         tiled = paint64(passes_of(guidance=guidance, tile=tile), recipe)
         np.testing.assert_allclose(tiled, whole, atol=1e-10, rtol=0)
+
+
+def test_autoguidance_leads_away_from_the_early_estimate_in_any_tiling() -> None:
+    """Of one evaluation a block is on the line through both estimates, under the same parents."""
+    recipe = recipe_of((96, 160))
+    late, early = (paint64(passes_of(seed=seed, steps=1), recipe) for seed in (0, 1))
+    found = paint64(passes_of(steps=1, early=1, autoguidance=2.5), recipe)
+    top = [area_means(image, TOP) for image in (early, late, found)]
+    np.testing.assert_allclose(top[2], top[0] + 2.5 * (top[1] - top[0]), atol=1e-10)
+    assert np.abs(top[1] - top[0]).max() > 1e-3
+    above = ArrayField(area_means(found, TOP))
+    estimates = []
+    for passes in (passes_of(seed=1), passes_of(), passes_of(early=1, autoguidance=2.5)):
+        painter, _ = passes[1].prepare(above)
+        field = ArrayField(np.random.default_rng(0).normal(size=(2, 96 >> FINE, 160 >> FINE)))
+        ((_, _, x0),) = painter.estimate(field, 0.3)
+        estimates.append(x0.double().numpy())
+    away = estimates[0] + 2.5 * (estimates[1] - estimates[0])
+    np.testing.assert_allclose(estimates[2], away, atol=1e-5)
+    for tile in (24, 40):
+        tiled = paint64(passes_of(steps=1, early=1, autoguidance=2.5, tile=tile), recipe)
+        np.testing.assert_allclose(tiled, found, atol=1e-10, rtol=0)
+
+
+def test_without_weight_or_early_weights_there_is_no_autoguidance() -> None:
+    recipe = recipe_of((64, 96))
+    plain = paint64(passes_of(), recipe)
+    for given in ({"early": 1, "autoguidance": 1.0}, {"autoguidance": 2.0}):
+        np.testing.assert_array_equal(paint64(passes_of(**given), recipe), plain)
+    guided = paint64(passes_of(guidance=1.5, early=1, autoguidance=2.0), recipe)
+    assert np.abs(guided - paint64(passes_of(guidance=1.5), recipe)).max() > 1e-3
 
 
 def test_guidance_is_a_line_and_a_block_without_tokens_ignores_it() -> None:

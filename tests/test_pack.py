@@ -407,6 +407,9 @@ def test_other_settings_are_refused(
         (["--coarse-level", "0"], "--coarse-level takes a level from 1 to 8"),
         (["--coarse-level", "7"], "first block's parents are cells of level 8"),
         (["--design", "zoom"], "'zoom' does not exist; choose one of cascade"),
+        (["--blocks", "8:6"], "--blocks takes PARENTS:FINE:WINDOW, as 6:2:4"),
+        (["--blocks", "6:8:4"], "--blocks takes PARENTS:FINE:WINDOW, as 6:2:4"),
+        (["--design", "uniform", "--blocks", "8:0:4"], "do not depend on --blocks"),
     ):
         assert pipeline.pack.main([*arguments, *options]) == 2
         assert said in capsys.readouterr().err

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 import jobs.sample
 import jobs.train
-from jobs.data import Batches
+from jobs.averages import PartAverages
+from jobs.data import Batch, Batches
 from jobs.optimizer import Joint, make_optimizer
-from jobs.parts import HELD_OUT_WINDOWS
+from jobs.parts import HELD_OUT_WINDOWS, Part
 from jobs.run import Run
 from jobs.trainer import CpuClock
 from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
@@ -32,6 +33,9 @@ from pipeline.packfile import PackSet
 
 STEPS = 8  # two of every block
 EXACT = (*EVEN_SHARES, "B.turned=false", "--precision", "fp32")
+
+
+KINDS = ("weights", "average", "early", "ema")
 
 
 def state(folder: Path) -> dict[str, object]:
@@ -51,7 +55,7 @@ def metrics(folder: Path, kind: str = "loss") -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if kind in line]
 
 
-def same(folder: Path, other: Path, names: tuple[str, ...] = ("weights", "ema")) -> None:
+def same(folder: Path, other: Path, names: tuple[str, ...] = KINDS) -> None:
     """Bit for bit."""
     for name in names:
         expected = weights(other, name)
@@ -317,6 +321,60 @@ def test_muons_momentum_comes_back(undisturbed: Path) -> None:
                 group["lr"] = 1e-3 * (step + 1)
             optimizer.step()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, one, strict=True))
+
+
+def test_the_averaged_weights_of_a_tenth_of_the_training_are_kept(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For autoguidance."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    step = Part._step
+
+    def observed(part: Part, batch: Batch) -> torch.Tensor:
+        losses = step(part, batch)
+        seen.setdefault(part.name, []).append(part.averages.running[0].clone())
+        return losses
+
+    monkeypatch.setattr(Part, "_step", observed)
+    folder = tmp_path / "run"
+    arguments = train_arguments(chain, folder, 10, "--blocks", "C", "--save-every", "100")
+    assert jobs.train.main(arguments) == 0
+    early, late = weights(folder, "early"), weights(folder, "average")
+    parameters = Run(folder).load_denoiser(device=torch.device("cpu")).named_parameters()
+    name = next(name for name, _ in parameters if name.startswith("blocks.C."))
+    assert torch.equal(early[name], seen["C"][0]) and torch.equal(late[name], seen["C"][-1])
+    assert not torch.equal(early[name], late[name])
+
+
+def test_images_are_generated_with_the_weights_that_erred_least_on_held_out_regions(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the running averages become; measured at steps that do not depend on time."""
+    errors = iter([3.0, 2.0, 5.0, 6.0, 4.0])
+    seen: dict[int, torch.Tensor] = {}
+
+    def judged(averages: PartAverages, error: float) -> None:
+        found = next(errors)
+        seen[int(found)] = averages.running[0].clone()
+        judge(averages, found)
+
+    judge = PartAverages.judge
+    monkeypatch.setattr(PartAverages, "judge", judged)
+    folder = tmp_path / "run"
+    arguments = train_arguments(chain, folder, 16, "--blocks", "C", "--save-every", "100")
+    assert jobs.train.main(arguments) == 0
+    lines = metrics(folder, "held_out")
+    assert [line["part_step"] for line in lines] == [
+        8,
+        10,
+        12,
+        15,
+        16,
+    ]  # a quarter more each, and the end
+    parameters = Run(folder).load_denoiser(device=torch.device("cpu")).named_parameters()
+    name, value = next((k, v) for k, v in parameters if k.startswith("blocks.C."))
+    assert torch.equal(value, seen[2]) and torch.equal(weights(folder, "average")[name], seen[4])
+    assert state(folder)["errors"] == {"C": 2.0}
 
 
 def test_a_limit_of_time_counts_training_alone(

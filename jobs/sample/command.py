@@ -49,7 +49,9 @@ def sample(options: Sample) -> int:
         + ("" if recipe.steps is None else f"{recipe.steps} steps of ")
         + recipe.solver
         + ("" if recipe.eta is None else f" with eta {recipe.eta:g}")
-        + f", guidance {recipe.guidance:g}, tiles of {plan.tile} on {plan.device}"
+        + f", guidance {recipe.guidance:g}"
+        + ("" if recipe.autoguidance is None else f", autoguidance {recipe.autoguidance:g}")
+        + f", tiles of {plan.tile} on {plan.device}"
         + ("" if recipe.overlap is None else f", windows overlapping by {recipe.overlap:g}")
         + ("" if plan.given is None else f", {plan.given.in_words()}"),
         options.out,
@@ -58,7 +60,7 @@ def sample(options: Sample) -> int:
     if options.dry_run:
         return console.EXIT_DONE
     run = Run(options.run)
-    denoiser = run.load_denoiser(device=plan.device)
+    denoiser, early = run.load_denoiser(device=plan.device), run.load_early(device=plan.device)
     for subject in plan.subjects:
         name = subject.name
         identity = _identity(run, plan, subject)
@@ -69,7 +71,7 @@ def sample(options: Sample) -> int:
         else:
             if words := subject.in_words():
                 console.say(f"sample: {words}")
-            cost = _paint(options, denoiser, plan, subject, identity)
+            cost = _paint(options, denoiser, early, plan, subject, identity)
             console.write_json_atomic(
                 record, {"image": f"{name}.zarr", "identity": identity, **cost}
             )
@@ -127,7 +129,12 @@ def _check_same(record: Path, identity: dict[str, Any]) -> None:
 
 
 def _paint(
-    options: Sample, denoiser: Denoiser, plan: Plan, subject: Subject, identity: dict[str, Any]
+    options: Sample,
+    denoiser: Denoiser,
+    early: Denoiser | None,
+    plan: Plan,
+    subject: Subject,
+    identity: dict[str, Any],
 ) -> dict[str, float]:
     """Paint one image and write it as OME-Zarr; what that cost."""
     _forget_peak_memory()
@@ -148,6 +155,8 @@ def _paint(
         overlap=recipe.overlap,
         sampling=plan.config.packs.sampling(),
         values=plan.config.value_range(),
+        early=early,
+        autoguidance=recipe.autoguidance,
     )
     total = sum(work_of(trajectory, recipe) for trajectory in passes)
     with console.counter(total=total, desc=f"sample {name}") as count:

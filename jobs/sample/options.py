@@ -59,6 +59,9 @@ class Sample:
     guidance: float = 1.0
     """Classifier-free guidance, in blocks that read the condition; 1 is the condition alone, and
     twice as fast. Patch diffusion was published with 3."""
+    autoguidance: float | None = None
+    """How far a cascade's estimates are taken from those of its own weights early in training,
+    which are worse in the same places; by default each block's own number, 1 for not at all."""
     solver: Literal["dpm++2m", "ddim", "ancestral"] = "dpm++2m"
     """How a step is taken: of second order, of first, or with fresh noise (which wants 100
     steps)."""

@@ -62,6 +62,7 @@ def make_plan(options: Sample) -> Plan:
         overlap,
         options.eta or None,
         _bf16(options.precision, device, config.denoiser),
+        _autoguidance(options, config.denoiser),
     )
     if options.steps is not None and options.steps < 1:
         raise ValueError(f"--steps takes a positive number, not {options.steps}")
@@ -122,6 +123,26 @@ def _check_label(label: str | None, config: RunConfig) -> None:
             f"--label {label} is none of the run's classes, which are "
             f"{', '.join(config.packs.classes)}"
         )
+
+
+def _autoguidance(options: Sample, config: DenoiserConfig) -> float | None:
+    """The weight that was asked for; a `ValueError` where it cannot be had."""
+    weight = options.autoguidance
+    if weight is None:
+        return None
+    if not isinstance(config, CascadeConfig):
+        raise ValueError(
+            f"--autoguidance {weight:g} is for cascades, which keep their weights early in "
+            "training; leave it out"
+        )
+    if weight < 1.0:
+        raise ValueError(f"--autoguidance takes 1 (none) or more, not {weight:g}")
+    if weight != 1.0 and not Run(options.run).keeps_early():
+        raise ValueError(
+            f"{options.run} kept no weights early in its training, so that there is nothing to "
+            f"guide away from; leave --autoguidance {weight:g} out, or train again"
+        )
+    return weight
 
 
 def _size(text: str, side: int, given: Given | None) -> tuple[int, int]:

@@ -25,7 +25,8 @@ class TopConfig:
     cells attend to all tokens: by the papers' cross-attention operator, by softmax attention, or
     not; heads: of either. lookup: whether each cell also looks up the tokens at its place. turned:
     whether samples are turned and mirrored in training. share: part of the training time.
-    evaluations: of the network when an image is generated.
+    evaluations: of the network when an image is generated. autoguidance: how far estimates are
+    taken from those of the same block early in its training (`painter`); 1 leaves them alone.
     """
 
     name: str = "T"
@@ -39,6 +40,7 @@ class TopConfig:
     turned: bool = True
     share: float = 0.04
     evaluations: int = 20
+    autoguidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(TopAttention):
@@ -63,8 +65,8 @@ class BlockConfig:
     blocks of its resolutions, fine to coarse; a place of the coarsest is one parent cell. context:
     features of the network that reads the parents. tokens: whether they are looked up, at
     lookups x lookups places in every parent cell. window: side of a training window in parent
-    cells. turned, share, evaluations: as in `TopConfig`; what has a direction of its own loses it
-    where windows are turned and tokens know of no direction.
+    cells. turned, share, evaluations, autoguidance: as in `TopConfig`; what has a direction of its
+    own loses it where windows are turned and tokens know of no direction.
     """
 
     name: str
@@ -80,6 +82,7 @@ class BlockConfig:
     turned: bool = True
     share: float = 0.3
     evaluations: int = 18
+    autoguidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.parents <= self.fine or self.fine < 0:
@@ -234,10 +237,11 @@ class CascadeConfig:
             (design.coarse_level, design.blocks, design.margin)
             != (self.top.level, wanted, self.margin)
         ):
+            blocks = " ".join(f"{b.parents}:{b.fine}:{b.window}" for b in self.blocks)
             raise ValueError(
                 "this preset needs --design cascade with windows "
                 f"{', '.join(map(str, wanted))} and a margin of {self.margin}, the packs were "
-                f"drawn by {design}; pack again"
+                f"drawn by {design}; pack again (--blocks {blocks})"
             )
 
     def octaves(self, signal: tuple[float, ...], residual: tuple[float, ...]) -> Octaves:

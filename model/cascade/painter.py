@@ -5,6 +5,12 @@ tile by tile, under the finished field of its parents: a tile is read with the h
 network declares, as far as the image goes, so that a tiling changes nothing. Its images are those
 whose area means are the parents (`Under`), so that a preview, which stops after a block, is the
 exact mean of what the later blocks make of it.
+
+Autoguidance (Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", 2024): a
+block that had little time errs most where it was still worse early in its training, so that the
+difference to that earlier self says where it errs, and in which direction,
+
+    x0_hat = x0_early + w (x0_late - x0_early),    w >= 1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,12 +47,16 @@ def cascade_passes(
     level: int,
     steps: int | None,
     values: ValueRange | None = None,
+    early: CascadeDenoiser | None = None,
+    autoguidance: float | None = None,
 ) -> list[Pass]:
     """The passes of an image of cells of `level`: all blocks as far as one that is as fine.
 
     guidance: classifier-free guidance, x0 = null + guidance (conditional - null), in blocks that
     read tokens; 1 evaluates the condition alone. tile: side of a tile in cells of each block.
     values: inside which area means are held; pixels are not, whose image is rounded in any case.
+    early: the same denoiser early in its training; without it there is no autoguidance.
+    autoguidance: of all blocks, None for each one's own.
     """
     tree = NoiseTree(denoiser.octaves.noise, denoiser.config.channels)
     found: list[Pass] = []
@@ -54,9 +64,15 @@ def cascade_passes(
         block = denoiser.blocks[config.name]
         assert isinstance(block, CascadeBlock)
         given = sides(block, condition, guidance)
+        weight = config.autoguidance if autoguidance is None else autoguidance
+        before = None
+        if early is not None and weight != 1.0:
+            other = early.blocks[config.name]
+            assert isinstance(other, CascadeBlock)
+            before = Before(other.body, sides(other, condition, 1.0)[0], weight)
         evaluations, bounds = steps or config.evaluations, block.log_snr_range()
         if isinstance(block.body, TopDenoiser):
-            top = TopPainter(block.body, given, guidance, values)
+            top = TopPainter(block.body, given, guidance, values, before)
             prepare = partial(_whole, top)
             found.append(Pass(config.name, block.body.level, evaluations, bounds, tree, prepare))
             fine = block.body.level
@@ -65,7 +81,7 @@ def cascade_passes(
             fine, parents = block.body.block.fine, block.body.block.parents
             cells = max(tile, 1 << block.body.block.octaves)
             held = values if fine > 0 else None
-            below = partial(_below, block.body, given, guidance, cells, held)
+            below = partial(_below, block.body, given, guidance, cells, held, before)
             noise = BandNoise(tree, parents)
             found.append(Pass(config.name, fine, evaluations, bounds, noise, below))
         if fine <= level:
@@ -87,6 +103,21 @@ def sides(block: CascadeBlock, condition: Condition, guidance: float) -> tuple[G
         return tuple(block.encode(side) for side in given)
 
 
+@dataclass(frozen=True)
+class Before:
+    """A block early in its training, under the condition alone, and the weight of autoguidance."""
+
+    body: TopDenoiser | OctaveBlock
+    given: Given
+    weight: float
+
+    def guide(
+        self, x0: Float[Tensor, "*shape"], early: Float[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape"]:
+        """Away from the early estimate."""
+        return torch.lerp(early, x0, self.weight)
+
+
 def guided(
     estimates: Sequence[Float[Tensor, "*shape"]], guidance: float
 ) -> Float[Tensor, "*shape"]:
@@ -104,11 +135,12 @@ def _below(
     guidance: float,
     tile: int,
     values: ValueRange | None,
+    before: Before | None,
     above: Field | None,
 ) -> tuple[Estimator, Constraint | None]:
     assert above is not None, "a block of octaves has parents"
     under = Under(body, above)
-    return BlockPainter(under, given, guidance, tile, values), under
+    return BlockPainter(under, given, guidance, tile, values, before), under
 
 
 @dataclass(frozen=True)
@@ -119,6 +151,7 @@ class TopPainter:
     given: tuple[Given, ...]
     guidance: float
     values: ValueRange | None = None
+    before: Before | None = None
 
     @torch.no_grad()
     def estimate(
@@ -137,6 +170,11 @@ class TopPainter:
             if isinstance(tokens, Tokens)
         ]
         x0 = guided(found, self.guidance)
+        if self.before is not None:
+            assert isinstance(self.before.body, TopDenoiser)
+            assert isinstance(self.before.given, Tokens)
+            early = self.before.body(observed, present, self.before.given, level)
+            x0 = self.before.guide(x0, early)
         if self.values is not None:
             x0 = self.values.hold(x0, self.body.level, 0)
         yield box, u[0], x0[0]
@@ -202,6 +240,7 @@ class BlockPainter:
     guidance: float
     tile: int
     values: ValueRange | None = None
+    before: Before | None = None
 
     def __post_init__(self) -> None:
         if self.tile % self.under.cell:
@@ -231,8 +270,14 @@ class BlockPainter:
                 for tokens in self.given
                 if not isinstance(tokens, Tokens)
             ]
+            x0 = guided(found, self.guidance)
+            if self.before is not None:
+                assert isinstance(self.before.body, OctaveBlock)
+                assert not isinstance(self.before.given, Tokens)
+                early = self.before.body(observed, parents, self.before.given, level, told)
+                x0 = self.before.guide(x0, early)
             ys, xs = box.slices_in(cells)
-            x0 = (base + guided(found, self.guidance))[:, :, ys, xs]
+            x0 = (base + x0)[:, :, ys, xs]
             if self.values is not None:
                 x0 = self.values.hold(x0, block.fine, block.octaves)
             yield box, u[:, ys, xs], x0[0]

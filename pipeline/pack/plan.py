@@ -60,6 +60,9 @@ class Pack:
     coarse_level: int | None = None
     """Level of the coarse lattice, cells of 2^level pixels; by default 8 for cascade, 5
     otherwise."""
+    blocks: tuple[str, ...] = ()
+    """For a cascade of other blocks than the presets': PARENTS:FINE:WINDOW of each, coarse to
+    fine, two levels and a side in parents, as 8:6:8 6:4:8 4:2:16 2:0:32."""
     seed: int = 0
     """Another seed draws other cells."""
     dry_run: bool = False
@@ -94,6 +97,7 @@ def make_plan(options: Pack) -> Plan:
             f"--mollifier takes a width from 0 (none) to {MOST_SMOOTH_PX:g} px, not "
             f"{options.mollifier:g}"
         )
+    blocks = tuple(_block(text) for text in options.blocks)
     design = make_design(
         options.design,
         points=options.points,
@@ -101,6 +105,7 @@ def make_plan(options: Pack) -> Plan:
         window=options.window,
         lattice=options.lattice,
         uniform_part=options.uniform_part,
+        blocks=blocks,
     )
     if options.mollifier and isinstance(design, CascadeDesign):
         raise ValueError(
@@ -159,8 +164,23 @@ def make_plan(options: Pack) -> Plan:
         uniform_part=chosen.get("uniform_part"),
         mollifier_sigma_px=options.mollifier,
         classes=tuple(sorted({labels[image] for image in trained & set(labels)})),
+        blocks=blocks,
     )
     return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes, labels)
+
+
+def _block(text: str) -> tuple[int, int, int]:
+    """One of --blocks."""
+    try:
+        parents, fine, window = (int(part) for part in text.split(":"))
+    except ValueError:
+        parents, fine, window = 0, 0, 0
+    if not (12 >= parents > fine >= 0 and window >= 1):
+        raise ValueError(
+            f"--blocks takes PARENTS:FINE:WINDOW, as 6:2:4 for windows of 4 cells of 64 px down "
+            f"to cells of 4 px, not {text!r}"
+        )
+    return parents, fine, window
 
 
 def _packs_per_region(
