@@ -54,7 +54,7 @@ def noisier(regions: int, tissue: float, noise: float) -> tuple[np.ndarray, ...]
 
 
 def test_known_noise_is_told_from_none() -> None:
-    real, clean, noisy = noisier(48, tissue=0.3, noise=1.0)
+    real, clean, noisy = noisier(96, tissue=0.3, noise=1.0)
     ours, theirs = [kept(noisy, real)], [kept(clean, real)]
     for difference in paired(ours, theirs).values():
         assert difference.interval is not None
