@@ -2,9 +2,9 @@
 
 All learn from one store under one encoder, one after the other so that each has the machine alone,
 for the same CPU time; all paint the same regions, which none was trained on (those of test, then
-of val, on which trainings watch their error), with the same seeds and at the same size; all are
-evaluated by the same protocol against all real crops of test and val. What differs (presets,
-draws, options) stands in the file that describes the comparison.
+of val, by whose error trainings choose among averages of their weights), with the same seeds and
+at the same size; all are evaluated by the same protocol against all real crops of test and val.
+What differs (presets, draws, options) stands in the file that describes the comparison.
 
 Seed by seed, all contestants of one before the next, and the table is written after each: what was
 finished is complete. Every stage is a command, printed first and recorded in OUT/stages.json: the
