@@ -211,10 +211,10 @@ def _formats(store: Store) -> list[str]:
 
 
 def _train_arguments(options: Demo, packs: str, run: str, side_px: int) -> list[str]:
-    """Tissue of large regions keeps its directions in block B; small ones, of which there is
-    little, would be learned by heart unless they are turned.
+    """Tissue of large regions keeps its directions in blocks B and C; small ones, of which there
+    is little, would be learned by heart unless they are turned.
     """
-    large = ["--set", "B.turned=false"] if side_px >= SMALL_REGION_PX else []
+    large = ["--set", "B.turned=false", "C.turned=false"] if side_px >= SMALL_REGION_PX else []
     return [
         *(packs, "--run", run, "--preset", "tiny", "--max-minutes", str(options.train_minutes)),
         *("--steps", "1000000", "--batch", "8", "--warmup", "30", "--ema", "0.99"),

@@ -62,8 +62,8 @@ class Train:
     """The same in CPU time of all threads together, which a busy machine does not shorten: 12 on
     two cores are about 6 minutes. For CPUs, instead of --max-minutes."""
     blocks: tuple[str, ...] = ()
-    """Blocks of a cascade to train (T, A, B, C), so that nodes can share the work; by default all.
-    The weights of several such runs are joined by --init-from."""
+    """Blocks of a cascade to train (T, A, B, C, D), so that nodes can share the work; by default
+    all. The weights of several such runs are joined by --init-from."""
     batch: int = 16
     """Draws in one step, over all ranks; of a cascade windows of a block, of regions smaller than
     a window up to 4 times as many."""

@@ -10,7 +10,7 @@ import pipeline.pack
 from pipeline.phantom import draw_slide
 
 SIDE_PX = 256
-POINTS = 22_234
+POINTS = 22_830
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def train_arguments(chain: Chain, run: Path, steps: int, *more: str) -> list[str
     ]
 
 
-EVEN_SHARES = ("--set", "T.share=1", "A.share=1", "B.share=1", "C.share=1")
+EVEN_SHARES = ("--set", "T.share=1", "A.share=1", "B.share=1", "C.share=1", "D.share=1")
 """Every block is trained as long as any other."""
 
 

@@ -60,8 +60,8 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
         TINY,
         [
             *(
-                "B.widths=64,96,112,160",
-                "B.depths=1,1,1,3",
+                "B.widths=64,160",
+                "B.depths=1,3",
                 "T.attention=softmax",
                 "T.lookup=false",
             ),
@@ -69,18 +69,18 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
         ],
     )
     assert isinstance(found, CascadeConfig) and isinstance(TINY, CascadeConfig)
-    top, a, b, c = found.sequence
+    top, a, b, c, _ = found.sequence
     assert isinstance(top, TopConfig) and isinstance(b, BlockConfig)
-    assert (b.widths, b.depths, c.evaluations) == ((64, 96, 112, 160), (1, 1, 1, 3), 20)
+    assert (b.widths, b.depths, c.evaluations) == ((64, 160), (1, 3), 20)
     assert (top.attention, top.lookup, found.parents_noise) == ("softmax", False, 0.1)
     # Fields that suit each other alone are changed together.
-    patched = changed(TINY, ["B.place=4", "B.widths=64,96,128", "B.depths=1,1,2"])
+    patched = changed(TINY, ["B.place=4", "B.widths=64", "B.depths=2"])
     assert isinstance(patched, CascadeConfig) and patched.blocks[1].place == 4
     # Nothing else.
     assert a == A
     assert changed(found, ["parents_noise=0.08"]) != TINY
     back = [
-        *("B.widths=48,96,128,160", "B.depths=1,1,1,2", "T.attention=operator"),
+        *("B.widths=96,128", "B.depths=1,2", "T.attention=operator"),
         *("T.lookup=true", "parents_noise=0.08", f"C.evaluations={TINY.blocks[2].evaluations}"),
     ]
     assert changed(found, back) == TINY
@@ -89,11 +89,11 @@ def test_fields_are_changed_by_name_and_those_of_a_block_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("D.widths=8", "whose blocks are: T, A, B, C"),
+        ("E.widths=8", "whose blocks are: T, A, B, C, D"),
         ("B.colour=8", "changes no field of this preset; write NAME=VALUE .* one of place, wid"),
         ("B.widths=8,x,8", "so it takes a value of that kind, not '8,x,8'"),
-        ("B.widths=8,16", "has 2 widths and 4 depths; give one of each"),
-        ("B.place=4", "the coarsest of 32 cells, but a parent has 16; make them equal"),
+        ("B.widths=8,16,8", "has 3 widths and 2 depths; give one of each"),
+        ("B.place=4", "the coarsest of 8 cells, but a parent has 4; make them equal"),
         ("A.lookups=0", "looks tokens up at 0 x 0 places in a parent cell; 1 or more"),
         ("T.attention=lookup", "'lookup' does not exist; choose one of operator, softmax, none"),
         ("T.heads=5", "a width of 64 does not divide into 5 heads"),
@@ -111,18 +111,17 @@ def test_what_is_no_cascade_is_a_sentence(change: str, sentence: str) -> None:
 
 def test_a_preset_may_be_a_file_of_what_differs(tmp_path: Path) -> None:
     """And packs are made for its blocks: those of --blocks suit, others do not."""
-    halves = (replace(TINY.blocks[1], name="D", fine=4, widths=(8, 8), depths=(1, 1), window=8),)
-    halves += (replace(halves[0], name="B", parents=4, fine=2, window=16),)
-    mine = (TINY.blocks[0], *halves, TINY.blocks[2])
+    a, b, _, d = TINY.blocks
+    mine = (a, replace(b, fine=2, widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), window=4), d)
     wanted = replace(TINY, token_dim=8, blocks=mine, parents_noise=0.1)
     file = tmp_path / "mine.json"
     content = {"base": "tiny", "parents_noise": 0.1}
     content["blocks"] = [dataclasses.asdict(block) for block in wanted.blocks]
     file.write_text(json.dumps(content))
     assert preset(str(file), channels=3, token_dim=8) == wanted
-    blocks = [(8, 6, 8), (6, 4, 8), (4, 2, 16), (2, 0, 32)]
+    blocks = [(8, 6, 8), (6, 2, 4), (2, 0, 32)]
     wanted.check_design(make_design("cascade", points=65_536, blocks=blocks))
-    with pytest.raises(ValueError, match=r"pack again \(--blocks 8:6:8 6:4:8 4:2:16 2:0:32\)"):
+    with pytest.raises(ValueError, match=r"pack again \(--blocks 8:6:8 6:2:4 2:0:32\)"):
         wanted.check_design(CascadeDesign())
     for text, said in (
         ("{", "is no file of a preset"),
@@ -139,9 +138,9 @@ def test_a_preset_may_be_a_file_of_what_differs(tmp_path: Path) -> None:
         preset(str(tmp_path / "none.json"), channels=3, token_dim=8)
 
 
-def test_minejoin_down_to_the_pixel() -> None:
-    assert [block.octaves for block in TINY.blocks] == [2, 4, 2]
-    assert [generated_level(TINY, level) for level in range(9)] == [0, 0, 2, 2, 2, 2, 6, 6, 6]
+def test_blocks_join_down_to_the_pixel() -> None:
+    assert [block.octaves for block in TINY.blocks] == [2, 2, 2, 2]
+    assert [generated_level(TINY, level) for level in range(9)] == [0, 0, 2, 2, 4, 4, 6, 6, 6]
     with pytest.raises(ValueError, match="from level 2 to 5, but a block goes from coarse"):
         BlockConfig("A", 2, 5, 2, (8,), (1,))
     with pytest.raises(ValueError, match="takes parents of level 8, but the block before it"):

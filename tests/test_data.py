@@ -102,7 +102,7 @@ def npy(array: np.ndarray) -> bytes:
 def test_ranks_share_the_global_batch(
     packs: PackSet, point_packs: dict[str, Path], name: str
 ) -> None:
-    part = None if name in point_packs else "TABC".index(name)
+    part = None if name in point_packs else "TABCD".index(name)
     given = PackSet.open(point_packs[name]) if part is None else packs
     batches = Batches(given, batch=4, seed=5, part=part)
     whole = batches.at(7)
@@ -121,9 +121,9 @@ def test_ranks_share_the_global_batch(
     assert not equal(batches.at(8).seeds, whole.seeds)
 
 
-# Regions of 256 px have 1 cell of 16 x 16 of T, 1 parent of 8 x 8 of A, 4 x 4 of 4 x 4 of B, and
-# 64 x 64 of C, whose windows have 32 x 32.
-@pytest.mark.parametrize(("part", "in_place_of_one"), [(0, 256), (1, 64), (2, 1), (3, 1)])
+# Regions of 256 px have 1 cell of 16 x 16 of T, 1 parent of 8 x 8 of A, 4 x 4 of 8 x 8 of B,
+# 16 x 16 of 16 x 16 of C, and 64 x 64 of D, whose windows have 32 x 32.
+@pytest.mark.parametrize(("part", "in_place_of_one"), [(0, 256), (1, 64), (2, 4), (3, 1), (4, 1)])
 @pytest.mark.parametrize("most", [MOST_FOR_ONE, 1000])
 def test_a_batch_of_small_samples_holds_as_many_cells_as_one_of_windows(
     chain: Chain, part: int, in_place_of_one: int, most: int

@@ -55,9 +55,10 @@ def test_the_published_budget_holds_regions_from_256_to_32768_px() -> None:
         assert found[side][0] <= 65_536
         fine = (CascadeDesign().num_values(image) - image.lattice_cells(8)) / 65_536
         assert side < 4096 or fine > 0.7
-    # 16^2 of the top; 14^2 + 32^2 values a window of A, 10^2 + 64^2 of B, 38^2 + 128^2 of C.
-    a, b, c = found[4096][1]
-    assert found[4096][0] == 256 + a * 1_220 + b * 4_196 + c * 17_828
+    # 16^2 of the top; 14^2 + 32^2 values a window of A and of B, 22^2 + 64^2 of C, 38^2 + 128^2
+    # of D.
+    a, b, c, d = found[4096][1]
+    assert found[4096][0] == 256 + (a + b) * 1_220 + c * 4_580 + d * 17_828
     assert found[256][1][0] == 1
 
 
@@ -101,8 +102,8 @@ def test_draws_differ_by_key_and_the_same_key_draws_the_same() -> None:
 
 def test_windows_shrink_to_a_small_region_and_then_there_is_one() -> None:
     design, image = CascadeDesign(), Extent(256, 512)
-    a, b, _ = design.blocks
-    assert a.shape(image) == (1, 2) and b.shape(image) == (4, 4)
+    a, b, _, _ = design.blocks
+    assert a.shape(image) == (1, 2) and b.shape(image) == (4, 8)
     assert design.numbers(image)[0] == 1
     assert design.draw(image, (4, 2))[0].tolist() == [[0, 0]]
     with pytest.raises(ValueError, match="do not divide into the top cells of the cascade, 256"):

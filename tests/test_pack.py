@@ -171,8 +171,8 @@ def test_a_sample_reads_its_own_bytes_only(chain: Chain, monkeypatch: pytest.Mon
         return payload
 
     monkeypatch.setattr(packs, "_range", counted)
-    for block, fine in enumerate((4, 64, 128)):
-        parents = (1, 4, 32)[block]
+    for block, fine in enumerate((4, 16, 64, 128)):
+        parents = (1, 4, 16, 32)[block]
         packs.window(packs.regions[0], 1, block, 0)
         expected = 3 * fine**2 + 3 * (parents + 6) ** 2 + parents**2
         assert read.pop() == 2 * expected and not read
@@ -299,7 +299,7 @@ def test_any_webdataset_reader_can_stream_a_shard(chain: Chain) -> None:
     assert sorted(samples) == [entry.key for entry in packs.regions]
     for entry in packs.regions:
         bytes_of_pack = samples[entry.key]["p01.bin"]
-        windows = (packs.window(entry, 1, block, 0) for block in range(3))
+        windows = (packs.window(entry, 1, block, 0) for block in range(4))
         parts = (part for w in windows for part in (w.fine, w.parents, w.weight))
         assert bytes_of_pack == b"".join(part.tobytes() for part in parts)
         assert json.loads(samples[entry.key]["json"])["image"] == entry.image

@@ -430,7 +430,7 @@ def test_losses_and_held_out_errors_of_every_block(
     for label in ("T 256 px", "A 128 px", "A 64 px", "B 32 px", "B 4 px", "C 2 px", "C 1 px"):
         assert f">{label}<" in text
     (errors,) = written.out.glob("files-*/held-out.svg")
-    assert all(f">{name}<" in errors.read_text() for name in "TABC")
+    assert all(f">{name}<" in errors.read_text() for name in "TABCD")
     page = " ".join(written.text().split())
     assert "1, the dashed line, is the linear (Wiener) estimate" in page
     assert "on validation regions, over valid cells alone" in page
@@ -447,7 +447,7 @@ def test_losses_and_held_out_errors_of_every_block(
     found = last["C"].errors
     assert table[-1][2:7] == [f"{row[0]:.3f}" for row in found]
     assert table[-2][7] == f"{np.mean([row[1] for row in found]):.3f}"
-    assert all(f"{name} {last[name].mean:.2f}" in page for name in "TABC")
+    assert all(f"{name} {last[name].mean:.2f}" in page for name in "TABCD")
 
 
 def test_a_report_is_replaced_at_once_or_not_at_all(

@@ -31,7 +31,7 @@ from model.family import make_denoiser, make_objectives
 from pipeline.console import EXIT_PREEMPTED
 from pipeline.packfile import PackSet
 
-STEPS = 8  # two of every block
+STEPS = 10  # two of every block
 EXACT = (*EVEN_SHARES, "B.turned=false", "--precision", "fp32")
 
 
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert state(undisturbed)["status"] == "done"
     lines = metrics(undisturbed)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for name, levels in (("T", [8]), ("A", [6, 7]), ("B", [2, 3, 4, 5]), ("C", [0, 1])):
+    for name, levels in (("T", [8]), ("A", [6, 7]), ("B", [4, 5]), ("C", [2, 3]), ("D", [0, 1])):
         own = [line for line in lines if line["part"] == name]
         assert [line["part_step"] for line in own] == [1, 2]
         for line in own:
@@ -90,7 +90,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
             assert line["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
     parts = state(undisturbed)["parts"]
     assert isinstance(parts, dict)
-    assert {name: steps for name, (steps, _) in parts.items()} == dict.fromkeys("TABC", 2)
+    assert {name: steps for name, (steps, _) in parts.items()} == dict.fromkeys("TABCD", 2)
     assert state(undisturbed)["seconds"] == pytest.approx(sum(s for _, s in parts.values()))
     assert 0 < state(undisturbed)["cpu_seconds"] < process_time()
     assert len(list((undisturbed / "samples").glob("*.png"))) == STEPS // 2
@@ -102,7 +102,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     trained, averaged = weights(undisturbed, "weights"), weights(undisturbed)
     assert any(not torch.equal(trained[name], averaged[name]) for name in trained)
     first = initial(undisturbed)
-    for name in "TABC":
+    for name in "TABCD":
         own = [key for key in first if key.startswith(f"blocks.{name}.")]
         assert any(not torch.equal(trained[key], first[key]) for key in own)
 
@@ -112,7 +112,7 @@ def test_the_held_out_error_is_that_of_the_averaged_weights_on_the_validation_sp
 ) -> None:
     """Measured anew from the checkpoint: on fixed windows, at fixed noise and clean parents."""
     lines = {str(line["part"]): line for line in metrics(undisturbed, "held_out")}
-    assert lines.keys() == set("TABC")
+    assert lines.keys() == set("TABCD")
     packs = PackSet.open(chain.packs)
     denoiser = Run(undisturbed).load_denoiser(device=torch.device("cpu"))
     objectives = make_objectives(denoiser)
@@ -130,7 +130,7 @@ def test_the_held_out_error_is_that_of_the_averaged_weights_on_the_validation_sp
         np.testing.assert_allclose(line["held_out"], errors.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C"])
+@pytest.mark.parametrize("name", ["A", "B", "C", "D"])
 def test_samples_are_turned_in_the_blocks_that_say_so(
     chain: Chain, undisturbed: Path, name: str
 ) -> None:
@@ -148,8 +148,8 @@ def test_samples_are_turned_in_the_blocks_that_say_so(
             config.training["batch"],
             config.training["seed"],
             augment=turned,
-            part="TABC".index(name),
-            tokens=name != "C",
+            part="TABCD".index(name),
+            tokens=name != "D",
             top_window=config.denoiser.top.training_side,
         )
         batch = batches.at(0)
@@ -169,7 +169,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(
     process = start("jobs.train", arguments)
     stop_when(process, lambda: state(folder).get("step", 0) != 0, signal.SIGKILL)
     assert state(folder)["status"] == "running"
-    assert state(folder)["step"] in (2, 4, 6)
+    assert state(folder)["step"] in (2, 4, 6, 8)
     known = {**state(folder), "cpu_seconds": 5000.0}
     (folder / "state.json").write_text(json.dumps(known))
     assert jobs.train.main(arguments) == 0
@@ -214,7 +214,7 @@ def test_two_lanes_train_what_one_trains(chain: Chain, undisturbed: Path, tmp_pa
         lines = [line for line in metrics(of) if line["part"] == name]
         return [{k: v for k, v in line.items() if k != "step"} for line in lines]
 
-    for name in "TABC":
+    for name in "TABCD":
         assert of_part(folder, name) == of_part(undisturbed, name)
     assert sorted(int(str(line["step"])) for line in metrics(folder))[-1] == STEPS
 
@@ -237,9 +237,9 @@ def test_blocks_are_trained_apart_and_joined(
 ) -> None:
     """Nodes share the work: each block becomes what it becomes beside the others."""
     files = []
-    for number, blocks in enumerate((["B"], ["C", "A"])):
+    for number, blocks in enumerate((["B"], ["D", "C", "A"])):
         folder = tmp_path / str(number)
-        steps = STEPS // 4 * len(blocks)
+        steps = STEPS // 5 * len(blocks)
         arguments = train_arguments(chain, folder, steps, *EXACT, "--blocks", *blocks)
         assert jobs.train.main(arguments) == 0
         files.append(str(folder / "checkpoints" / f"step-{steps:08d}" / "weights.safetensors"))
@@ -488,8 +488,8 @@ def test_a_run_is_not_changed_under_its_feet(
     arguments = train_arguments(chain, tmp_path / "x", 2)
     assert jobs.train.main([*arguments, "--preset", "huge"]) == 2
     assert "choose one of tiny, small, brush, paper" in capsys.readouterr().err
-    assert jobs.train.main([*arguments, "--blocks", "B", "D"]) == 2
-    assert "--blocks D does not exist; this preset has T, A, B, C" in capsys.readouterr().err
+    assert jobs.train.main([*arguments, "--blocks", "B", "E"]) == 2
+    assert "--blocks E does not exist; this preset has T, A, B, C, D" in capsys.readouterr().err
     assert jobs.train.main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "x").exists()
 

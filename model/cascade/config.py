@@ -3,7 +3,7 @@
 A cascade is a *top block*, which generates area means over large cells from the condition alone,
 and blocks below it, each of which generates a few octaves of details under the values of its
 parents. The blocks of the presets are named T (256 px and coarser), A (256 to 64 px), B (64 to
-4 px) and C (4 px to the pixel).
+16 px), C (16 to 4 px) and D (4 px to the pixel).
 """
 
 from dataclasses import dataclass, replace
@@ -133,12 +133,13 @@ class BlockConfig:
         return -(-(reach + self.place) // (1 << self.octaves))
 
 
-A = BlockConfig("A", 8, 6, 2, (96, 128), (1, 2), lookups=2, share=0.16, evaluations=16)
-B = BlockConfig(
-    "B", 6, 2, 2, (48, 96, 128, 160), (1, 1, 1, 2), window=4, share=0.46, evaluations=20
-)
+A = BlockConfig("A", 8, 6, 2, (96, 128), (1, 2), lookups=2, share=0.1, evaluations=16)
+B = BlockConfig("B", 6, 4, 2, (96, 128), (1, 2), share=0.2, evaluations=16, autoguidance=2.0)
 C = BlockConfig(
-    "C", 2, 0, 4, (64,), (3,), context=32, tokens=False, window=32, share=0.34, evaluations=16
+    "C", 4, 2, 2, (64, 128), (1, 2), window=16, share=0.42, evaluations=16, autoguidance=2.0
+)
+D = BlockConfig(
+    "D", 2, 0, 4, (64,), (3,), context=32, tokens=False, window=32, share=0.24, evaluations=16
 )
 
 
@@ -160,7 +161,7 @@ class CascadeConfig:
     classes: int = 0
     vector_dim: int = 0
     top: TopConfig = TopConfig()
-    blocks: tuple[BlockConfig, ...] = (A, B, C)
+    blocks: tuple[BlockConfig, ...] = (A, B, C, D)
     margin: int = 3
     token_width: int = 64
     embedding_width: int = 64
@@ -255,8 +256,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top": TopConfig(width=128, depth=4),
         "blocks": (
             replace(A, widths=(192, 256), depths=(2, 2), context=128),
-            replace(B, widths=(128, 256, 352, 384), depths=(1, 1, 2, 2), context=128),
-            replace(C, widths=(160,), depths=(5,), context=64),
+            replace(B, widths=(232, 328), depths=(2, 3), context=128),
+            replace(C, widths=(176, 304), depths=(2, 3), context=128),
+            replace(D, widths=(160,), depths=(5,), context=64),
         ),
         "token_width": 256,
         "embedding_width": 128,
@@ -265,8 +267,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top": TopConfig(width=384, depth=8, heads=8),
         "blocks": (
             replace(A, widths=(512, 896), depths=(3, 4), context=256),
-            replace(B, widths=(384, 768, 1024, 1344), depths=(2, 2, 2, 4), context=256),
-            replace(C, widths=(384,), depths=(6,), context=128),
+            replace(B, widths=(672, 1056), depths=(3, 5), context=256),
+            replace(C, widths=(512, 896), depths=(3, 5), context=256),
+            replace(D, widths=(384,), depths=(6,), context=128),
         ),
         "token_width": 768,
         "embedding_width": 512,

@@ -51,20 +51,22 @@ class CascadeDesign:
 
     points: the budget for one image (cells; each has all channels). coarse_level: of the top
     lattice. blocks: coarse to fine. margin: parents around a window that are drawn with it. parts:
-    of the budget, for each block's windows.
+    of the budget, for each block's windows; by default PARTS of four blocks, else all alike.
     """
 
     points: int = 65_536
     coarse_level: int = 8
     blocks: tuple[WindowsBelow, ...] = (
         WindowsBelow(6, 8, 8),
-        WindowsBelow(2, 6, 4),
+        WindowsBelow(4, 6, 8),
+        WindowsBelow(2, 4, 16),
         WindowsBelow(0, 2, 32),
     )
     margin: int = 3
-    parts: tuple[float, ...] = (0.16, 0.5, 0.34)
+    parts: tuple[float, ...] = ()
 
     lattice = True
+    PARTS = 0.12, 0.16, 0.4, 0.32
 
     def __post_init__(self) -> None:
         if self.coarse_level != self.blocks[0].parents:
@@ -96,8 +98,9 @@ class CascadeDesign:
                 f"{image.height_px}x{image.width_px} region and a window of each block; ask for "
                 f"--points {lattice + sum(costs)} or more"
             )
-        numbers = []
-        for block, cost, part in zip(self.blocks, costs, self.parts, strict=True):
+        count, numbers = len(self.blocks), []
+        parts = self.parts or (self.PARTS if count == len(self.PARTS) else (1 / count,) * count)
+        for block, cost, part in zip(self.blocks, costs, parts, strict=True):
             wanted = max(int(part * (self.points - lattice) / cost) - 1, 0)
             everything = block.window >= max(
                 image.height_px >> block.parents, image.width_px >> block.parents

@@ -53,6 +53,4 @@ def make_design(
                 f"the cells of --design {name} do not depend on --{option.replace('_', '-')}; "
                 "leave it out"
             )
-    if blocks:
-        given["parts"] = (1 / len(blocks),) * len(blocks)
     return kind(points=points, **given)

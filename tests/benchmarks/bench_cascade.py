@@ -41,7 +41,7 @@ from model.generate import ArrayField, Estimator, Field, Pass
 from model.haar import up
 
 BATCH, CHANNELS, TOKEN_DIM, TOKEN_PX = 8, 3, 128, 128
-NAMES = ("T", "A", "B", "C")
+NAMES = ("T", "A", "B", "C", "D")
 USUAL = 4096
 """Side of a region, by default."""
 

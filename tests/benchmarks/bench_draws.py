@@ -134,7 +134,7 @@ def test_reading_a_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
                 batches = Batches(packs, batch=1, seed=0, augment=False, part=part)
                 read = 0
                 used = 2 * 3 * _values(batches.at(0).draw, packs)
-                said = " ".join([name, *options]) + ("" if part is None else f", {'TABC'[part]}")
+                said = " ".join([name, *options]) + ("" if part is None else f", {'TABCD'[part]}")
                 rows.append(
                     (
                         said,
