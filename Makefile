@@ -34,7 +34,8 @@ $(VENV)/.done: requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/python -m jobs.demo --out "$(or $(OUT),demo)" $(DEMO_OPTIONS)
 
-# Ours against patch diffusion on equal terms: about 16 minutes on two cores.
+# Ours against patch diffusion and the papers' denoiser on equal terms, three seeds: some hours on
+# two cores.
 compare: setup
 	$(BIN)/python -m jobs.compare docs/compare/two_cores.toml --out "$(or $(OUT),compare)" \
 		$(if $(SLIDES),--slides $(SLIDE_PATHS))

@@ -23,11 +23,18 @@ class Progress:
         self.file, self.prog = file, prog
         self.done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
-    def run(self, module: str, arguments: Sequence[str], name: str | None = None) -> int:
+    def run(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        name: str | None = None,
+        branch: str | None = None,
+    ) -> int:
         """Run a command unless it is done; returns its exit code, 0 or 3.
 
-        `name` tells two runs of one module apart. Stages are imported one by one: Dask's workers
-        import this module again, without torch.
+        `name` tells two runs of one module apart, `branch` a part of the chain whose results no
+        other branch sees. Stages are imported one by one: Dask's workers import this module again,
+        without torch.
         """
         name = name or module
         command = [module, *arguments]
@@ -42,8 +49,10 @@ class Progress:
         if code not in (console.EXIT_DONE, console.EXIT_PARTIAL):
             raise ValueError(f"{name} ended with exit code {code}; its message stands above")
         seconds = round(time.monotonic() - started, 1)
-        order = sum(isinstance(record, dict) for record in self.done.values())
+        orders = [r["order"] for r in self.done.values() if isinstance(r, dict)]
+        order = max(orders, default=-1) + 1
         self.done[name] = {"command": command, "code": code, "seconds": seconds, "order": order}
+        self.done[name] |= {"branch": branch} if branch else {}
         console.write_json_atomic(self.file, self.done)
         return code
 
@@ -66,11 +75,15 @@ class Progress:
             )
 
     def forget_after(self, name: str) -> None:
-        """A stage that is run again is followed by all later ones."""
+        """A stage that is run again is followed by all later ones of its branch; one in no branch
+        by all later ones.
+        """
         recorded = self.done.pop(name, None)
         if recorded is not None:
             stages = {k: v for k, v in self.done.items() if isinstance(v, dict)}
-            for stage in stages:
-                if stages[stage]["order"] > recorded["order"]:
+            branch = recorded.get("branch")
+            for stage, later in stages.items():
+                follows = branch is None or later.get("branch") == branch
+                if follows and later["order"] > recorded["order"]:
                     del self.done[stage]
             console.write_json_atomic(self.file, self.done)

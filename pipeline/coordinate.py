@@ -23,10 +23,10 @@ from pipeline.regions import (
     MAX_SIDE_PX,
     Coverage,
     Region,
-    assign_splits,
     find_regions,
     largest_passing_side,
 )
+from pipeline.splits import assign_splits
 from pipeline.store import Store
 from pipeline.work import Outcome, finish_image, ingest_images, ingest_shard, open_template
 
@@ -131,10 +131,10 @@ class Coverages(Mapping[str, Coverage]):
 
 
 def choose_regions(
-    store: Store, side: int, stride: int | None, min_tissue: float
+    store: Store, side: int, stride: int | None, min_tissue: float, held_out: float
 ) -> tuple[Store, str]:
     """Write the region table of all images that are ok; `side` 0 stands for the largest that
-    passes.
+    passes, `held_out` is the part that is not trained on.
 
     Returns the store with its side set and a sentence on how the regions were split. Raises a
     `ValueError` when regions of the wanted side pass nowhere and smaller ones would.
@@ -156,8 +156,9 @@ def choose_regions(
     else:
         groups = {name: s["group"] for name, s in states.items()}
         given = {name: s["split"] for name, s in states.items() if s["split"]}
-        regions, how = assign_splits(regions, groups, given)
-    settings = {"stride": stride or chosen, "min_tissue": min_tissue, "split": how}
+        regions, how = assign_splits(regions, groups, given, held_out)
+    settings: dict[str, Any] = {"stride": stride or chosen, "min_tissue": min_tissue}
+    settings |= {"held_out": held_out, "split": how}
     store = Store.create(
         store.path, replace(store.spec, region=chosen), {**store.provenance, **settings}
     )

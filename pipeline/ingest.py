@@ -39,6 +39,7 @@ from pipeline.plan import ImageJob, Plan, describe_plan, make_plan, needed_bytes
 from pipeline.preview import draw_contact_sheet
 from pipeline.regions import CELL_PX
 from pipeline.sources import Labels
+from pipeline.splits import HELD_OUT
 from pipeline.store import Store
 from pipeline.summary import summarise, write_log
 
@@ -90,6 +91,9 @@ class Options:
     """Least fraction of a region, 0 to 1, that is tissue (slides; by default 0.25) or valid data
     (aerial; by default 0.9).
     """
+    held_out: float = HELD_OUT
+    """Part that is not trained on, half of it val and half test: of the groups (patients, slides,
+    places), or of a lone slide's regions, where gaps between the splits come on top."""
     cluster: str = "local"
     """Where work runs: inline, local, slurm, or a Dask scheduler's address tcp://HOST:PORT."""
     workers: int | None = None
@@ -168,7 +172,7 @@ def _ingest(
             fraction = options.min_tissue
             if fraction is None:
                 fraction = MIN_FRACTIONS[store.spec.unit]
-            store, how = choose_regions(store, region, options.stride, fraction)
+            store, how = choose_regions(store, region, options.stride, fraction, options.held_out)
         finally:
             write_log(store)
         names = store.image_ids()
@@ -215,6 +219,8 @@ def _check(options: Options) -> int:
             raise ValueError(f"{name} is {value} and must be a positive length")
     if options.min_tissue is not None and not 0 <= options.min_tissue <= 1:
         raise ValueError(f"--min-tissue is {options.min_tissue} and must lie between 0 and 1")
+    if not 0 <= options.held_out < 1:
+        raise ValueError(f"--held-out is {options.held_out} and must lie between 0 and 1")
     if options.region != "auto" and not options.region.isdigit():
         raise ValueError(f"--region is {options.region!r} and must be a number of pixels or auto")
     sides = {"--region": 0 if options.region == "auto" else int(options.region)}

@@ -119,6 +119,7 @@ def test_published_weights_are_found_where_their_libraries_keep_them(
         file.write_text("0" * 40)
     assert clip_weights() == clip
     after = ask(capsys, 0)
+    assert after["EffNet-lite0"]["state"] == "ok"  # a package of the lock
     assert str(clip) in after["CLIP ViT-B/32"]["found"]
     assert str(inception_place()) in after["Inception v3"]["found"]
 

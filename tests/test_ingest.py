@@ -1,11 +1,13 @@
 """Laws of an ingest: exact pixels, honest regions; when killed it loses and repeats nothing."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 import rasterio
 import tifffile
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from kill_ingest import pixels_of
 from ome_zarr_models.v05 import Image, Labels
 from rasterio import Affine
@@ -22,7 +26,8 @@ from pipeline.cluster import connect
 from pipeline.ingest import main
 from pipeline.lock import hold_lock
 from pipeline.readers import open_reader
-from pipeline.regions import Region, assign_splits, split_groups
+from pipeline.regions import Region
+from pipeline.splits import assign_splits, beside_one_another, split_groups
 from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +91,7 @@ def test_level_0_is_what_the_reader_returns_and_regions_are_honest(tmp_path: Pat
                 assert kept[y, x].tissue == pytest.approx(share) and share >= 0.25
     assert len(regions) == len(kept) > 20
     assert {r.split for r in regions} == {"train", "val", "test"}
+    assert store.provenance["held_out"] == 0.2
     Image.from_zarr(zarr.open_group(str(image.path), mode="r"))
     Labels.from_zarr(zarr.open_group(str(image.path / "labels"), mode="r"))
     assert store.preview_path(name).is_file() and (out / "summary.md").is_file()
@@ -203,6 +209,7 @@ def test_a_bad_slide_does_not_stop_a_good_one(
         (["--region", "1024"], "no image is as large"),
         (["--cluster", "moon"], "must be inline, local, slurm"),
         (["--source-mpp", "90"], "not credible"),
+        (["--held-out", "1"], "must lie between 0 and 1"),
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_exit_code_2(
@@ -271,6 +278,12 @@ def test_no_group_is_in_two_splits_and_many_groups_stay_where_they_are() -> None
     names = [f"g{i}" for i in range(200)]
     few, many = split_groups(names[:50]), split_groups(names)
     assert all(many[name] == split for name, split in few.items())
+    more = split_groups(names, held_out=0.5)
+    assert all(more[name] != "train" for name, split in many.items() if split != "train")
+    counts = Counter(more.values())
+    assert counts["train"] < 130 and min(counts["val"], counts["test"]) > 30
+    assert Counter(split_groups(names[:10], 0.4).values()) == {"train": 6, "val": 2, "test": 2}
+    assert set(split_groups(names[:10], 0.0).values()) == {"train"}
 
 
 def test_one_image_is_split_by_area_with_a_gap() -> None:
@@ -284,6 +297,38 @@ def test_one_image_is_split_by_area_with_a_gap() -> None:
     assert all(spans.values())
     assert max(spans["train"]) + 2 * side <= min(spans["val"])
     assert max(spans["val"]) + 2 * side <= min(spans["test"])
+
+
+@given(st.data())
+def test_a_lone_slide_holds_out_what_was_asked_for_and_leaks_nothing(data: st.DataObject) -> None:
+    """Whatever is tissue: no two splits are nearer than a region's side, val and test hold the
+    part of what fits, test half of it; and where there is no room for that, all are train.
+    """
+    side, stride, rows, columns = 64, 32, *(data.draw(st.integers(3, 20)) for _ in range(2))
+    tissue = data.draw(
+        st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns).filter(any)
+    )
+    regions = [
+        Region(i, "a", i // columns * stride, i % columns * stride, side, 1.0, "")
+        for i, passes in enumerate(tissue)
+        if passes
+    ]
+    held_out = data.draw(st.sampled_from([0.1, 0.2, 0.34, 0.5]))
+    kept, how = assign_splits(regions, {"a": "a"}, {}, held_out)
+    parts = {s: [r for r in kept if r.split == s] for s in ("train", "val", "test")}
+    if "all are train" in how:
+        assert parts["train"] == kept and len(kept) == len(regions)
+        return
+    for one, other in itertools.combinations(parts, 2):
+        for a, b in itertools.product(parts[one], parts[other]):
+            assert max(abs(a.y - b.y), abs(a.x - b.x)) >= 2 * side
+    fits = {s: len(beside_one_another(members)) for s, members in parts.items()}
+    wanted = held_out * len(beside_one_another(regions))
+    assert fits["train"] and fits["val"] and fits["val"] + fits["test"] >= wanted
+    assert not parts["test"] or fits["test"] >= wanted / 2
+    for members in parts.values():
+        for a, b in itertools.combinations(beside_one_another(members), 2):
+            assert max(abs(a.y - b.y), abs(a.x - b.x)) >= side
 
 
 def test_importing_the_ingest_needs_no_torch() -> None:

@@ -162,9 +162,9 @@ def test_floors_are_what_equal_distributions_score() -> None:
     groups_real = Groups([*np.arange(400).reshape(20, 20)], "")
     groups = Groups([*np.arange(200).reshape(20, 10)], "")
     for name in ("crop_fid", "kid"):
-        wanted = (name,)
-        found = distances(same, groups, real, groups_real, wanted, 0)[name]
-        apart = distances(same + 0.5, groups, real, groups_real, wanted, 0)[name]
+        columns = {name: slice(None)}
+        found = distances(same, groups, real, groups_real, columns, 0)[name]
+        apart = distances(same + 0.5, groups, real, groups_real, columns, 0)[name]
         width = found["interval"][1] - found["interval"][0]
         assert abs(found["value"] - found["floor"]) < width
         assert apart["interval"][0] > found["floor"]

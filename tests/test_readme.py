@@ -29,7 +29,7 @@ ELSEWHERE = {
     "make demo SLIDES=path/to/slide.svs OUT=out": "the same, with a slide that is not here",
     "make demo SLIDES=scan.tif SOURCE_MPP=0.25": "the same, with a slide that is not here",
     "make demo SLIDES=chips/ SIZE=2048": "the same, with a folder that is not here",
-    "make compare": "takes 25 minutes; tests/test_compare.py runs it smaller",
+    "make compare": "takes hours; tests/test_compare.py runs it smaller",
     "make test": "is what runs this test",
     "deepspeed --no_local_rank --module jobs.train packs --run run": (
         "tests/test_train.py runs this launcher, with two ranks"

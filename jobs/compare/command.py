@@ -1,10 +1,14 @@
 """python -m jobs.compare: contestants on equal terms, from one store to their Crop FIDs.
 
 All learn from one store under one encoder, one after the other so that each has the machine alone,
-for the same wall time; all paint the same regions, which none was trained on, with the same seed
-and at the same size; all are evaluated by the same protocol. What differs (presets, draws,
-options) stands in the file that describes the comparison. Every stage is a command, printed first
-and recorded in OUT/stages.json: the same command after a kill goes on where it was.
+for the same CPU time; all paint the same regions, which none was trained on (those of test, then
+of val, by whose error trainings choose among averages of their weights), with the same seeds and
+at the same size; all are evaluated by the same protocol against all real crops of test and val.
+What differs (presets, draws, options) stands in the file that describes the comparison.
+
+Seed by seed, all contestants of one before the next, and the table is written after each: what was
+finished is complete. Every stage is a command, printed first and recorded in OUT/stages.json: the
+same command after a kill goes on where it was.
 """
 
 import json
@@ -19,6 +23,8 @@ import tyro
 from jobs.compare.contest import Comparison, Contestant, read_comparison
 from jobs.stages import Progress
 from pipeline import console
+from pipeline.packfile import PackSet
+from pipeline.splits import beside_one_another
 from pipeline.store import Region, Store
 
 FREE_BYTES = 4_000_000_000
@@ -31,7 +37,8 @@ class Compare:
         python -m jobs.compare docs/compare/two_cores.toml --out compare
         python -m jobs.compare docs/compare/two_cores.toml --out compare --slides slides/
 
-    The file says what is shared (minutes, images, sizes) and what each contestant has of its own.
+    The file says what is shared (CPU minutes, seeds, images, sizes) and what each contestant has
+    of its own.
     """
 
     config: Annotated[Path, tyro.conf.Positional]
@@ -46,7 +53,11 @@ class Compare:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things lie: shared ones, and a folder for each contestant."""
+    """Where things lie: shared ones, a folder for each contestant, and in it one for each seed.
+
+    OUT/dataset.zarr, OUT/encoder, OUT/NAME/packs, OUT/NAME/seed-S/run, images, metrics.json and
+    crops.npz.
+    """
 
     out: Path
 
@@ -54,8 +65,11 @@ class Folders:
     def store(self) -> str:
         return str(self.out / "dataset.zarr")
 
-    def of(self, contestant: Contestant, part: str) -> str:
-        return str(self.out / contestant.name / part)
+    def packs(self, contestant: Contestant) -> str:
+        return str(self.out / contestant.name / "packs")
+
+    def of(self, contestant: Contestant, seed: int, part: str = "") -> str:
+        return str(self.out / contestant.name / f"seed-{seed}" / part)
 
 
 def compare(options: Compare) -> int:
@@ -63,11 +77,12 @@ def compare(options: Compare) -> int:
     comparison = read_comparison(options.config)
     slides = list(options.slides or comparison.slides)
     names = [contestant.name for contestant in comparison.contestants]
-    trained = len(names) * comparison.minutes
+    trained = len(names) * len(comparison.seeds) * comparison.cpu_minutes
     begun = (options.out / "dataset.zarr").is_dir()
     console.say_plan(
         f"compare: {' against '.join(names)} on {', '.join(slides) or 'a phantom slide'}: "
-        f"{comparison.minutes:g} minutes of training each ({trained:g} in all), "
+        f"{comparison.cpu_minutes:g} CPU minutes of training each, seeds "
+        f"{', '.join(map(str, comparison.seeds))} ({trained:g} CPU minutes in all), "
         f"{comparison.images} regions that were held out, painted at "
         f"{comparison.size}x{comparison.size} px, evaluated by jobs.evaluate; -> {options.out}",
         options.out,
@@ -86,43 +101,73 @@ def compare(options: Compare) -> int:
     folders = Folders(options.out)
     encoder = _prepare(comparison, slides, folders, progress)
     regions = held_out(Store.open(Path(folders.store)).regions(), comparison.images)
-    console.say(f"compare: held out are regions {', '.join(str(r.index) for r in regions)}")
+    console.say(
+        "compare: held out are regions " + ", ".join(f"{r.index} ({r.split})" for r in regions)
+    )
     for contestant in comparison.contestants:
-        progress.run(
-            "pipeline.pack",
-            [
-                *(folders.store, "--encoder", encoder, "--out", folders.of(contestant, "packs")),
-                *contestant.pack,
-            ],
-            f"pack {contestant.name}",
-        )
-    for contestant in comparison.contestants:
-        _train(comparison, contestant, folders, progress)
+        packs = folders.packs(contestant)
+        arguments = [folders.store, "--encoder", encoder, "--out", packs, *contestant.pack]
+        progress.run("pipeline.pack", arguments, f"pack {contestant.name}", contestant.name)
+    footprint = common_footprint(comparison, folders)
     code = console.EXIT_DONE
-    for contestant in comparison.contestants:
-        code = max(code, _paint_and_evaluate(comparison, contestant, folders, regions, progress))
-    _conclude(comparison, folders, regions)
+    for number, seed in enumerate(comparison.seeds):
+        for contestant in comparison.contestants:
+            stages = SeedStages(comparison, contestant, seed, folders, progress)
+            stages.train()
+            stages.paint(regions)
+            code = max(code, stages.evaluate(footprint))
+        _conclude(comparison, comparison.seeds[: number + 1], folders, regions)
     return code
 
 
 def held_out(regions: Sequence[Region], wanted: int) -> list[Region]:
-    """The `wanted` fullest regions that were not trained on and do not overlap."""
+    """So many regions that were not trained on and do not overlap: those of test first, then of
+    val; among them those that fit beside one another, then the fullest.
+    """
+    parts: dict[tuple[str, str], list[Region]] = {}
+    for region in regions:
+        if region.split != "train":
+            parts.setdefault((region.image, region.split), []).append(region)
+    fitting = {r.index for members in parts.values() for r in beside_one_another(members)}
+    ranked = sorted(
+        (region for members in parts.values() for region in members),
+        key=lambda r: (r.split != "test", r.index not in fitting, -r.tissue, r.index),
+    )
     chosen: list[Region] = []
-    for region in sorted(regions, key=lambda r: (r.split == "train", -r.tissue, r.index)):
+    for region in ranked:
         apart = all(
             region.image != other.image
             or max(abs(region.y - other.y), abs(region.x - other.x)) >= region.side
             for other in chosen
         )
-        if region.split != "train" and apart and len(chosen) < wanted:
+        if apart and len(chosen) < wanted:
             chosen.append(region)
     if len(chosen) < wanted:
         raise ValueError(
             f"the store has {len(chosen)} regions apart that were not trained on and the "
-            f"comparison wants {wanted}; ingest smaller regions or more slides, or ask for fewer "
-            "images"
+            f"comparison wants {wanted}; ingest with a larger --held-out, smaller regions or more "
+            "slides, or ask for fewer images"
         )
     return sorted(chosen, key=lambda region: region.index)
+
+
+def common_footprint(comparison: Comparison, folders: Folders) -> int:
+    """The finest tokens that condition every contestant; a `ValueError` where there are none."""
+    read = {
+        contestant.name: {
+            footprint
+            for footprint, _, _ in PackSet.open(Path(folders.packs(contestant))).settings.lattices
+        }
+        for contestant in comparison.contestants
+    }
+    common = set.intersection(*read.values())
+    if not common:
+        each = "; ".join(f"{name}: {sorted(found)}" for name, found in read.items())
+        raise ValueError(
+            f"no footprint of tokens conditions all contestants ({each} px), so that nothing says "
+            "alike how each follows its condition; embed with a --footprint that all read"
+        )
+    return min(common)
 
 
 def _prepare(
@@ -142,71 +187,94 @@ def _prepare(
     return encoder
 
 
-def _train(
-    comparison: Comparison, contestant: Contestant, folders: Folders, progress: Progress
+@dataclass(frozen=True)
+class SeedStages:
+    """What one contestant does with one seed."""
+
+    comparison: Comparison
+    contestant: Contestant
+    seed: int
+    folders: Folders
+    progress: Progress
+
+    def _place(self, part: str) -> str:
+        return self.folders.of(self.contestant, self.seed, part)
+
+    def _name(self, stage: str) -> str:
+        return f"{stage} {self.contestant.name} seed {self.seed}"
+
+    def _run(self, module: str, arguments: Sequence[str], name: str) -> int:
+        return self.progress.run(module, arguments, name, self.contestant.name)
+
+    def train(self) -> None:
+        name = self._name("train")
+        arguments = [
+            *(self.folders.packs(self.contestant), "--run", self._place("run")),
+            *("--preset", self.contestant.preset, "--seed", str(self.seed)),
+            *("--max-cpu-minutes", str(self.comparison.cpu_minutes), *self.contestant.train),
+        ]
+        if not self.progress.is_done(name, arguments, "jobs.train"):
+            self.progress.forget_after(name)
+            shutil.rmtree(self._place("images"), ignore_errors=True)  # by other weights
+        self._run("jobs.train", arguments, name)
+
+    def paint(self, regions: Sequence[Region]) -> None:
+        images, name = self._place("images"), self._name("sample")
+        arguments = [
+            *(self._place("run"), "--condition", self.folders.store, "--out", images),
+            *("--region", *(str(region.index) for region in regions), "--seed", str(self.seed)),
+            *("--size", str(self.comparison.size), "--format", "zarr"),
+            *(*self.comparison.sample, *self.contestant.sample),
+        ]
+        if self.progress.has_changed(name, arguments, "jobs.sample"):
+            shutil.rmtree(images, ignore_errors=True)
+        self._run("jobs.sample", arguments, name)
+
+    def evaluate(self, footprint_px: int) -> int:
+        arguments = [
+            *("--real", self.folders.store, "--generated", self._place("images")),
+            *("--out", self._place("metrics.json"), "--keep", self._place("crops.npz")),
+            *("--footprint", str(footprint_px), *self.comparison.evaluate),
+        ]
+        return self._run("jobs.evaluate", arguments, self._name("evaluate"))
+
+
+def _conclude(
+    comparison: Comparison, seeds: Sequence[int], folders: Folders, regions: Sequence[Region]
 ) -> None:
-    name = f"train {contestant.name}"
-    arguments = [
-        *(folders.of(contestant, "packs"), "--run", folders.of(contestant, "run")),
-        *("--preset", contestant.preset, "--max-minutes", str(comparison.minutes)),
-        *contestant.train,
-    ]
-    if not progress.is_done(name, arguments, "jobs.train"):
-        progress.forget_after(name)
-        shutil.rmtree(folders.of(contestant, "images"), ignore_errors=True)  # by other weights
-    progress.run("jobs.train", arguments, name)
+    """Write and print the table of these seeds, and draw the picture of the first."""
+    from jobs.compare.picture import draw_picture
+    from jobs.compare.scoreboard import compare_pairs, hardware, read_score
+    from jobs.compare.table import to_markdown
 
-
-def _paint_and_evaluate(
-    comparison: Comparison,
-    contestant: Contestant,
-    folders: Folders,
-    regions: Sequence[Region],
-    progress: Progress,
-) -> int:
-    images, name = folders.of(contestant, "images"), f"sample {contestant.name}"
-    arguments = [
-        *(folders.of(contestant, "run"), "--condition", folders.store, "--out", images),
-        *("--region", *(str(region.index) for region in regions)),
-        *("--size", str(comparison.size), "--format", "zarr"),
-        *(*comparison.sample, *contestant.sample),
-    ]
-    if progress.has_changed(name, arguments, "jobs.sample"):
-        shutil.rmtree(images, ignore_errors=True)
-    progress.run("jobs.sample", arguments, name)
-    return progress.run(
-        "jobs.evaluate",
-        [
-            *("--real", folders.store, "--generated", images),
-            *("--out", folders.of(contestant, "metrics.json"), *comparison.evaluate),
-        ],
-        f"evaluate {contestant.name}",
-    )
-
-
-def _conclude(comparison: Comparison, folders: Folders, regions: Sequence[Region]) -> None:
-    """Write and print the table, and draw the picture."""
-    from jobs.compare.scoreboard import draw_picture, hardware, read_score, to_markdown
-
-    scores = [
-        read_score(contestant, folders.out / contestant.name, comparison)
-        for contestant in comparison.contestants
-    ]
+    contestants = comparison.contestants
     facts = {
         "hardware": hardware(),
-        "minutes": comparison.minutes,
-        "regions": [region.index for region in regions],
+        "cpu_minutes": comparison.cpu_minutes,
+        "seeds": list(seeds),
+        "regions": [{"index": region.index, "split": region.split} for region in regions],
         "size_px": comparison.size,
-        "contestants": scores,
+        "contestants": [
+            read_score(one, [Path(folders.of(one, seed)) for seed in seeds], comparison)
+            for one in contestants
+        ],
+        "pairs": compare_pairs(
+            {
+                one.name: [Path(folders.of(one, seed, "crops.npz")) for seed in seeds]
+                for one in contestants
+            }
+        ),
     }
     console.write_json_atomic(folders.out / "compare.json", facts)
     table = to_markdown(json.loads(json.dumps(facts)))
     console.write_bytes_atomic(folders.out / "compare.md", table.encode())
     store = Store.open(Path(folders.store))
-    painted = [Path(folders.of(contestant, "")) for contestant in comparison.contestants]
+    painted = [Path(folders.of(one, seeds[0])) for one in contestants]
     draw_picture(folders.out / "compare.png", store, regions[0], painted, comparison.size)
+    left = len(comparison.seeds) - len(seeds)
     console.say(
-        f"\n{table}\ncompare: done, {folders.out / 'compare.png'}, compare.md, compare.json"
+        f"\n{table}\ncompare: {'done' if not left else f'{left} more seeds to come'}, "
+        f"{folders.out / 'compare.png'}, compare.md, compare.json"
     )
 
 

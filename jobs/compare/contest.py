@@ -1,7 +1,8 @@
 """What is compared, as a TOML file read into frozen dataclasses; unknown keys are errors.
 
 Everything that is not named after a contestant is shared by all of them: the store, the encoder,
-the training time, the regions, sizes and seeds that are painted, and how they are evaluated.
+the CPU time of training, the seeds, the regions and sizes that are painted, and how they are
+evaluated.
 """
 
 import tomllib
@@ -26,16 +27,18 @@ class Contestant:
 class Comparison:
     """A whole comparison.
 
-    minutes: training time of each contestant. images: how many regions that were not trained on
-    are painted; size: side of the painted images. slides: what to ingest; none draws a phantom.
+    cpu_minutes: CPU time of each training. seeds: by each, every contestant trains and paints
+    once. images: how many regions that were not trained on are painted; size: side of the painted
+    images. slides: what to ingest; none draws a phantom.
     encoder: a name for conditioning.embed; none trains one on the store. The others are options of
     the commands of their names.
     """
 
     contestants: tuple[Contestant, ...]
-    minutes: float
+    cpu_minutes: float
     images: int
     size: int
+    seeds: tuple[int, ...] = (0,)
     slides: tuple[str, ...] = ()
     encoder: str | None = None
     ingest: tuple[str, ...] = ()
@@ -54,10 +57,15 @@ class Comparison:
             raise ValueError(
                 f"contestants {names} name folders: use letters, digits, hyphens and underscores"
             )
-        if self.minutes <= 0 or self.images < 1 or self.size < 1:
+        if self.cpu_minutes <= 0 or self.images < 1 or self.size < 1:
             raise ValueError(
-                f"minutes = {self.minutes}, images = {self.images} and size = {self.size} must be "
-                "positive"
+                f"cpu_minutes = {self.cpu_minutes}, images = {self.images} and size = {self.size} "
+                "must be positive"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(
+                f"seeds = {list(self.seeds)} must name at least one seed, none twice and none "
+                "below 0"
             )
 
 
@@ -90,17 +98,15 @@ def _read(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
 
 def _value(item: Any, wanted: Any, name: str, where: str) -> Any:
     """An item of a TOML file as the type of its field."""
-    if isinstance(item, list) and all(isinstance(part, str) for part in item):
-        item = tuple(item)
-    if wanted is float and isinstance(item, int):
+    if get_origin(wanted) is tuple:
+        (part, *_) = get_args(wanted)
+        words = {str: "a list of texts", int: "a list of whole numbers"}.get(part, "tables")
+        if isinstance(item, list | tuple) and all(type(one) is part for one in item):
+            return tuple(item)
+        raise ValueError(f"{where}: {name} must be {words}, not {item!r}")
+    if wanted is float and type(item) is int:
         item = float(item)
-    shapes = {"a list of texts": tuple, "a text": str, "a whole number": int, "a number": float}
-    for words, shape in shapes.items():
-        accepts = (
-            get_origin(wanted) is tuple if shape is tuple else shape in (wanted, *get_args(wanted))
-        )
-        if accepts and not isinstance(item, shape):
+    for words, kind in {"a text": str, "a whole number": int, "a number": float}.items():
+        if kind in (wanted, *get_args(wanted)) and type(item) is not kind:
             raise ValueError(f"{where}: {name} must be {words}, not {item!r}")
-        if accepts:
-            return item
     return item

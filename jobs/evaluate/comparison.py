@@ -5,7 +5,7 @@ were painted (at most half of the real ones) against all that is left, with no g
 mean over a few such draws. A perfect model would score about that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -36,20 +36,21 @@ def distances(
     painted_groups: Groups,
     real: Features,
     real_groups: Groups,
-    wanted: Sequence[str],
+    columns: Mapping[str, slice],
     seed: int,
 ) -> dict[str, Any]:
-    """`crop_fid` and `kid`, those that are wanted."""
-    a = [painted[members] for members in painted_groups.members]
-    b = [real[members] for members in real_groups.members]
+    """`crop_fid` and `kid`, those that have columns, each in its columns of the features."""
     size = min(len(painted), len(real) // 2)
     draws = [disjoint_draws(real_groups, size, seed + i) for i in range(FLOOR_DRAWS)]
-    pairs = [(real[first], real[second]) for first, second in draws]
+    measures = {"crop_fid": (crop_fid, frechet_between), "kid": (kid, _kid)}
     found = {}
-    if "crop_fid" in wanted:
-        found["crop_fid"] = _with_floor(crop_fid(a, b), frechet_between, pairs)
-    if "kid" in wanted:
-        found["kid"] = _with_floor(kid(a, b), _kid, pairs)
+    for name, own in columns.items():
+        estimate, distance = measures[name]
+        a, b = painted[:, own], real[:, own]
+        pairs = [(b[first], b[second]) for first, second in draws]
+        groups_a = [a[members] for members in painted_groups.members]
+        groups_b = [b[members] for members in real_groups.members]
+        found[name] = _with_floor(estimate(groups_a, groups_b), distance, pairs)
     return found
 
 

@@ -1,10 +1,11 @@
 """Whether what was painted says to the encoder what its condition said.
 
 A painted image is embedded as `conditioning.embed` would: at the finest footprint of its
-condition, tile by tile, each tile under the token that conditioned it, halved as often as the
-real one was in its image's pyramid. The cosine of the two vectors, averaged over tokens, is 1
-where the painting repeats its condition to the letter. Vectors of one encoder may be alike for
-any two tiles, so the mean cosine of all pairs that do not belong together is the floor.
+condition, or at another of the store's that was asked for, tile by tile, each tile under its
+token, halved as often as the real one was in its image's pyramid. The cosine of the two vectors,
+averaged over tokens, is 1 where the painting repeats its condition to the letter. Vectors of one
+encoder may be alike for any two tiles, so the mean cosine of all pairs that do not belong together
+is the floor.
 """
 
 from collections.abc import Iterator, Sequence

