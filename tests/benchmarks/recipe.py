@@ -38,12 +38,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from crop_fid import LiteSpace, compare, load_network
+from crop_fid import compare
 
 from conditioning.tokens import fit, from_store, to_condition
 from jobs.evaluate.crops import Crop, _crops_of
+from jobs.evaluate.lite0 import load_lite0
 from jobs.evaluate.measure import Measured, measure
-from jobs.evaluate.published import EightBits
 from jobs.painting import Recipe, paint
 from jobs.record import commit
 from jobs.run import Run, RunConfig
@@ -380,9 +380,7 @@ class Trial:
         images = {str(r.index): InMemory(self.generate(r, generators)) for r in regions}
         seconds = time.process_time() - started
         pixels = sum(region.side**2 for region in regions)
-        space = LiteSpace(
-            load_network().eval(), EightBits.of("lite0", self.store, None), torch.device("cpu")
-        )
+        space = load_lite0(self.store, None, torch.device("cpu"))
         real = _crops_of(self.store, regions, MAX_CROPS, 0)
         corners = {(r.image, r.y, r.x): str(r.index) for r in regions}
         crops = [_moved(crop, regions, corners) for crop in real]
@@ -393,7 +391,7 @@ class Trial:
             "seconds_per_mpx": round(1e6 * seconds / pixels, 2),
             "regions": [region.index for region in regions],
             "split": regions[0].split,
-            **compare((crops, a), (real, b), 0),
+            **compare((crops, a), (real, b), space, 0),
         }
 
     def _picture(self, images: Mapping[str, InMemory], regions: Sequence[Region]) -> None:
