@@ -19,11 +19,12 @@ from torch import Tensor
 from jobs.engine import Ranks, from_first_rank, joined
 from jobs.optimizer import OptimizerName
 from jobs.parts import Clock, Goal
+from jobs.presets import read_preset
 from jobs.record import RunState
 from jobs.run import Run, RunConfig, SupersededError, trained_parts
 from jobs.trainer import Trainer, Training, goals_of, num_lanes
 from model.cascade.config import CascadeConfig
-from model.config import DenoiserConfig, SparseConfig, changed, preset
+from model.config import DenoiserConfig, SparseConfig, changed
 from model.family import WHOLE, Denoiser, computes_densely, make_denoiser, shares
 from pipeline import console
 from pipeline.packfile import PackSet
@@ -108,7 +109,7 @@ class Train:
 def make_config(options: Train, packs: PackSet) -> RunConfig:
     """Resolve options and packs into what the run is."""
     settings, statistics = packs.settings, packs.statistics
-    denoiser = preset(
+    denoiser = read_preset(
         options.preset,
         channels=len(settings.bands),
         token_dim=len(statistics.token_mean),

@@ -7,10 +7,8 @@ saved beside its weights as JSON and read back with `config_from_dict`, which te
 by their keys and refuses keys it does not know.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.cascade.config import PRESETS as CASCADES
@@ -130,13 +128,7 @@ cores, `brush`, `patch-brush` and `paper` have the published size of 450M parame
 
 
 def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
-    """The configuration called `name` for images and tokens of these sizes, or that of a file.
-
-    A file (.json) holds fields of a configuration, as a run's config.json does, that replace those
-    of the preset that it names as "base".
-    """
-    if name.endswith(".json"):
-        return _of_file(Path(name), channels, token_dim)
+    """The configuration called `name` for images and tokens of these sizes."""
     if name in CASCADES:
         return replace(CascadeConfig(channels=channels, token_dim=token_dim), **CASCADES[name])
     if name in SPARSE:
@@ -145,18 +137,6 @@ def preset(name: str, *, channels: int, token_dim: int) -> DenoiserConfig:
         return replace(PatchConfig(channels=channels, token_dim=token_dim), **PATCHES[name])
     names = ", ".join((*CASCADES, *SPARSE, *PATCHES))
     raise ValueError(f"preset {name!r} does not exist; choose one of {names}")
-
-
-def _of_file(file: Path, channels: int, token_dim: int) -> DenoiserConfig:
-    try:
-        content = json.loads(file.read_text())
-        known = asdict(preset(content.pop("base"), channels=channels, token_dim=token_dim))
-        return config_from_dict({**known, **content})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{file} is no file of a preset ({error}); it holds "base", the name of a preset, and '
-            "the fields that differ from it, blocks with all of theirs"
-        ) from error
 
 
 FIXED = (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fields import CONFIG
 
+from jobs.presets import read_preset
 from model.cascade.config import A, BlockConfig, CascadeConfig, TopConfig
 from model.cascade.denoiser import CascadeDenoiser
 from model.config import changed, config_from_dict, preset
@@ -118,7 +119,7 @@ def test_a_preset_may_be_a_file_of_what_differs(tmp_path: Path) -> None:
     content = {"base": "tiny", "parents_noise": 0.1}
     content["blocks"] = [dataclasses.asdict(block) for block in wanted.blocks]
     file.write_text(json.dumps(content))
-    assert preset(str(file), channels=3, token_dim=8) == wanted
+    assert read_preset(str(file), channels=3, token_dim=8) == wanted
     blocks = [(8, 6, 8), (6, 2, 4), (2, 0, 32)]
     wanted.check_design(make_design("cascade", points=65_536, blocks=blocks))
     with pytest.raises(ValueError, match=r"pack again \(--blocks 8:6:8 6:2:4 2:0:32\)"):
@@ -133,9 +134,9 @@ def test_a_preset_may_be_a_file_of_what_differs(tmp_path: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=said):
-            preset(str(file), channels=3, token_dim=8)
+            read_preset(str(file), channels=3, token_dim=8)
     with pytest.raises(ValueError, match="No such file"):
-        preset(str(tmp_path / "none.json"), channels=3, token_dim=8)
+        read_preset(str(tmp_path / "none.json"), channels=3, token_dim=8)
 
 
 def test_blocks_join_down_to_the_pixel() -> None:

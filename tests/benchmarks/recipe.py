@@ -45,12 +45,12 @@ from jobs.evaluate.crops import Crop, _crops_of
 from jobs.evaluate.lite0 import load_lite0
 from jobs.evaluate.measure import Measured, measure
 from jobs.painting import Recipe, paint
+from jobs.presets import read_preset
 from jobs.record import commit
 from jobs.run import Run, RunConfig
 from jobs.stages import Progress
 from model.cascade.config import BlockConfig, CascadeConfig
 from model.cascade.denoiser import CascadeDenoiser
-from model.config import preset
 from model.family import make_passes
 from model.generate import ArrayField, Pass
 from pipeline import console
@@ -211,7 +211,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{variant.name}.json"
         console.write_json_atomic(file, {"base": variant.base, **variant.config})
-        config = preset(str(file), channels=3, token_dim=1)
+        config = read_preset(str(file), channels=3, token_dim=1)
         assert isinstance(config, CascadeConfig)
         return str(file), config
 
