@@ -134,12 +134,18 @@ class BlockConfig:
 
 
 A = BlockConfig("A", 8, 6, 2, (96, 128), (1, 2), lookups=2, share=0.1, evaluations=16)
-B = BlockConfig("B", 6, 4, 2, (96, 128), (1, 2), share=0.2, evaluations=16, autoguidance=2.0)
+B = BlockConfig("B", 6, 4, 2, (96, 128), (1, 2), share=0.2, evaluations=16, autoguidance=1.5)
 C = BlockConfig(
-    "C", 4, 2, 2, (64, 128), (1, 2), window=16, share=0.42, evaluations=16, autoguidance=2.0
+    "C", 4, 2, 2, (64, 128), (1, 2), window=16, share=0.42, evaluations=16, autoguidance=1.75
 )
 D = BlockConfig(
-    "D", 2, 0, 4, (64,), (3,), context=32, tokens=False, window=32, share=0.24, evaluations=16
+    *("D", 2, 0, 4, (64,), (3,)),
+    context=32,
+    tokens=False,
+    window=32,
+    share=0.24,
+    evaluations=16,
+    autoguidance=1.3,
 )
 
 
