@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.averages import EARLY, PartAverages
+from jobs.averages import PartAverages
 from jobs.data import Batch, Batches
 from jobs.engine import Ranks
 from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
@@ -134,25 +134,23 @@ class Part:
         self.averages.update(self._weights, self.step, self.ema_decay, self.progress)
         return losses.detach()
 
-    def resume(self, step: int, seconds: float, error: float | None) -> None:
+    def resume(self, step: int, seconds: float, measured: int, error: float | None) -> None:
         """Go on after so many steps, with weights and averages that are those of then.
 
-        error: of the best averages so far.
+        measured: the last step at which the held-out error was. error: of the best averages.
         """
-        self.step, self.seconds, self.held_out_step = step, seconds, step
-        self.averages.is_early = self.progress < EARLY
+        self.step, self.seconds, self.held_out_step = step, seconds, measured
         self.averages.error = error
 
-    def held_out_due(self) -> bool:
-        """Whether the held-out error is to be measured after this step: a matter of steps alone,
-        so that a run that was interrupted measures where an undisturbed one does.
+    def held_out_due(self, log_every: int) -> bool:
+        """Whether the held-out error is to be measured now. Between two lines of the log it is
+        not, so that a run that was interrupted there measures where an undisturbed one does.
         """
         if self.held_out_batch is None or self.step == self.held_out_step:
             return False
         if self.finished:
             return True
-        passed = next_measurement(self.held_out_step)
-        return self.step >= passed
+        return self.step % log_every == 0 and self.step >= next_measurement(self.held_out_step)
 
     def held_out(self) -> dict[str, Any]:
         """The averaged weights' error of F on held-out windows, over cells that are valid: rows by
@@ -169,7 +167,7 @@ class Part:
                 errors = errors / mean_weight(batch.draw)
             torch._foreach_copy_(self._weights, kept)
         self.held_out_step, self.held_out_error = self.step, float(errors.mean())
-        if split != "train":
+        if split == "val":  # test regions decide nothing
             self.averages.judge(self.held_out_error)
         return {
             "split": split,

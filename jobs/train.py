@@ -61,7 +61,8 @@ class Train:
     and checkpoints do not count."""
     max_cpu_minutes: float | None = None
     """The same in CPU time of all threads together, which a busy machine does not shorten: 12 on
-    two cores are about 6 minutes. For CPUs, instead of --max-minutes."""
+    two cores are about 6 minutes. For CPUs, instead of --max-minutes; resume with as many
+    threads."""
     blocks: tuple[str, ...] = ()
     """Blocks of a cascade to train (T, A, B, C, D), so that nodes can share the work; by default
     all. The weights of several such runs are joined by --init-from."""
@@ -76,7 +77,8 @@ class Train:
     warmup: int = 200
     """Steps over which the learning rate rises; it falls by a cosine to a twentieth at the end."""
     ema: float = 0.999
-    """Decay of the averaged weights that sampling uses; shorter at the start."""
+    """Decay of the averaged weights; shorter at the start. Sampling uses the last ones, and of a
+    cascade, block by block, those with the least error on validation regions."""
     condition_dropout: float = 0.1
     """How often a condition is dropped, for guidance."""
     augment: bool = True

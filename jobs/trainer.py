@@ -239,6 +239,9 @@ class Trainer:
 
     def _train(self, save_every: int, log_every: int, count: Callable[[int, int], None]) -> None:
         saved = self.step
+        for part in self.parts:  # what an earlier process was stopped before
+            if part.held_out_due(log_every):
+                self._log_held_out(part)
         waiting: dict[Future[tuple[Tensor, float]], Part] = {}
         with ThreadPoolExecutor(max_workers=self.lanes) as pool:
             while True:
@@ -259,7 +262,7 @@ class Trainer:
                 for future in wait(waiting, HEARTBEAT_S, FIRST_COMPLETED).done:
                     part = waiting.pop(future)
                     self._log(part, *future.result())
-                    if part.held_out_due() and not self.stopping:
+                    if part.held_out_due(log_every) and not self.stopping:
                         self._log_held_out(part)
                 self._show_life()
                 count(self._permille(), 0)
@@ -373,8 +376,10 @@ class Trainer:
         if not known:
             return ""
         of = SPLIT_NAMES[str(known[0].held_out_batch and known[0].held_out_batch[1])]
-        errors = ", ".join(f"{p.name} {p.held_out_error:.3f}" for p in known)
-        return f"; error of F on {of} regions (1 is the linear estimate): {errors}"
+        best = {p.name: p.averages.error for p in known if p.averages.error is not None}
+        errors = ", ".join(f"{p.name} {best.get(p.name, p.held_out_error):.3f}" for p in known)
+        least = ", the least so far, with which images are generated" if best else ""
+        return f"; error of F on {of} regions (1 is the linear estimate){least}: {errors}"
 
     def _save(self, status: str) -> None:
         self.cpu.stop()
@@ -400,6 +405,8 @@ class Trainer:
                 cpu_seconds=round(self.cpu.seconds, 2),
                 checkpoint=folder.name,
                 parts={part.name: [part.step, part.seconds] for part in self.parts},
+                measured={part.name: part.held_out_step for part in self.parts},
+                follows=[part.name for part in self.parts if part.averages.follows],
                 errors={
                     part.name: part.averages.error
                     for part in self.parts
@@ -415,7 +422,7 @@ class Trainer:
 
     def _averages(self) -> dict[str, dict[str, Tensor]]:
         """By the names of their files."""
-        return self.averages.files(chosen=isinstance(self.denoiser, CascadeDenoiser))
+        return self.averages.files(cascade=isinstance(self.denoiser, CascadeDenoiser))
 
     def _resume(self, before: RunState) -> None:
         self.cpu.seconds = before.cpu_seconds
@@ -428,12 +435,19 @@ class Trainer:
                     f"start another --run with --init-from {folder.parent / 'weights.safetensors'}"
                 )
             steps, seconds = before.parts[part.name]
-            part.resume(int(steps), float(seconds), before.errors.get(part.name))
+            measured = before.measured.get(part.name, int(steps))
+            error = before.errors.get(part.name)
+            part.resume(int(steps), float(seconds), measured, error)
+            part.averages.knows_early = self.run.keeps_early()
+            part.averages.follows = part.name in before.follows
         own = {id(p) for part in self.parts for p in part.objective.parameters()}
         weights = self.run.read_weights(before.step, "weights")
         with torch.no_grad():
             for kind, averages in self._averages().items():
-                for name, value in self.run.read_weights(before.step, kind).items():
+                # Older runs kept no other averages than those that images are generated with.
+                known = (folder.parent / f"{kind}.safetensors").is_file()
+                found = self.run.read_weights(before.step, kind if known else "ema")
+                for name, value in found.items():
                     averages[name].copy_(value)
             for name, parameter in self.denoiser.named_parameters():
                 if id(parameter) not in own:  # of a block that is not trained here

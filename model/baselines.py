@@ -74,7 +74,8 @@ class PatchDenoiser(nn.Module):
     ) -> Float[Tensor, "n c h w"]:
         """F of all octaves together."""
         x = F.pixel_unshuffle(seen.scaled, self.config.unshuffle)
-        out = self.unet(x, unet_time(log_snr), encoder_hidden_states=tokens).sample
+        known = log_snr if seen.levels else seen.factors[0].log_snr
+        out = self.unet(x, unet_time(known), encoder_hidden_states=tokens).sample
         return F.pixel_shuffle(out, self.config.unshuffle).to(x)
 
     def forward(

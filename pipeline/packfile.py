@@ -53,8 +53,8 @@ class PackSettings:
     uniform_part: of the design, None where it has none. lattice: whether draws of points
     hold the lattice too. mollifier_sigma_px: of the Gaussian that smoothed the pixels before the
     draw, 0 for none. classes: the labels that training regions have, sorted; a label's number is
-    its place here. blocks: (level of parents, fine level, window) of a cascade that is not the
-    presets', coarse to fine.
+    its place here. blocks: (level of parents, fine level, window) of a cascade, coarse to fine; ()
+    in older packs.
     """
 
     store: str
@@ -287,9 +287,15 @@ class PackSet:
                 f"{path} holds no finished packs; make them with python -m pipeline.pack"
             )
         content = json.loads(index.read_text())
+        settings = PackSettings.from_json(content["settings"], str(path))
+        if settings.design == "cascade" and not settings.blocks:
+            raise ValueError(
+                f"{path} was drawn for the four blocks that cascades had before; pack again into "
+                "another folder, or delete this one"
+            )
         return cls(
             path,
-            PackSettings.from_json(content["settings"], str(path)),
+            settings,
             PackStatistics(**tuples_from_json(content["statistics"])),
             [RegionEntry(**tuples_from_json(entry)) for entry in content["regions"]],
         )

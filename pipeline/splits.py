@@ -115,6 +115,9 @@ def _split_by_area(regions: Sequence[Region], held_out: float) -> tuple[list[Reg
         for axis in (longer, 1 - longer):
             for starts in (corners[:, axis], -corners[:, axis]):
                 cuts += [(b, axis, starts) for b in _cut(starts, lattice.ravel(), side, wanted)]
+    if held_out == 0:
+        everything = [replace(r, split="train") for r in regions]
+        return everything, "nothing is held out, as was asked for: all are train"
     if not cuts:
         everything = [replace(r, split="train") for r in regions]
         return everything, "one image with too few regions to split by area: all are train"

@@ -409,6 +409,7 @@ def test_other_settings_are_refused(
         (["--design", "zoom"], "'zoom' does not exist; choose one of cascade"),
         (["--blocks", "8:6"], "--blocks takes PARENTS:FINE:WINDOW, as 6:2:4"),
         (["--blocks", "6:8:4"], "--blocks takes PARENTS:FINE:WINDOW, as 6:2:4"),
+        (["--blocks", "8:6:8", "4:0:4"], "do not join: each begins where the one before it ends"),
         (["--design", "uniform", "--blocks", "8:0:4"], "do not depend on --blocks"),
     ):
         assert pipeline.pack.main([*arguments, *options]) == 2
@@ -419,6 +420,21 @@ def test_other_settings_are_refused(
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="no finished packs"):
         PackSet.open(tmp_path)
+
+
+def test_packs_of_the_blocks_that_were_before_are_refused(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They do not say which blocks they hold; neither are they finished nor trained on."""
+    for file in chain.packs.iterdir():
+        if file.suffix == ".json":
+            content = json.loads(file.read_text())
+            del content.get("settings", content)["blocks"]
+            (tmp_path / file.name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"drawn for the four blocks .* before; pack again"):
+        PackSet.open(tmp_path)
+    assert pipeline.pack.main(pack_arguments(chain, tmp_path)) == 2
+    assert "was packed with blocks = []" in " ".join(capsys.readouterr().err.split())
 
 
 def test_packs_of_the_pyramid_that_was_before_are_refused(chain: Chain, tmp_path: Path) -> None:

@@ -427,7 +427,7 @@ def test_losses_and_held_out_errors_of_every_block(
     """One curve a level, named by its block, and the last measurement as a table."""
     (levels,) = written.out.glob("files-*/level-losses.svg")
     text = levels.read_text()
-    for label in ("T 256 px", "A 128 px", "A 64 px", "B 32 px", "B 4 px", "C 2 px", "C 1 px"):
+    for label in ("T 256 px", "A 128 px", "A 64 px", "B 16 px", "C 4 px", "D 2 px", "D 1 px"):
         assert f">{label}<" in text
     (errors,) = written.out.glob("files-*/held-out.svg")
     assert all(f">{name}<" in errors.read_text() for name in "TABCD")
@@ -441,10 +441,10 @@ def test_losses_and_held_out_errors_of_every_block(
         "[...document.querySelector('#held-out ~ details table').tBodies[0].rows]"
         ".map(row => [...row.cells].map(cell => cell.innerText))"
     )
-    assert [row[0] for row in table] == [*"TAABBBBCC"]
+    assert [row[0] for row in table] == [*"TAABBCCDD"]
     assert [row[1] for row in table][:2] == ["256 and more", "128 to 256"]
     assert table[-1][1] == "1 to 2"
-    found = last["C"].errors
+    found = last["D"].errors
     assert table[-1][2:7] == [f"{row[0]:.3f}" for row in found]
     assert table[-2][7] == f"{np.mean([row[1] for row in found]):.3f}"
     assert all(f"{name} {last[name].mean:.2f}" in page for name in "TABCD")

@@ -418,6 +418,7 @@ def test_a_limit_of_cpu_time_is_of_all_threads_together(
     assert isinstance(spent, float) and isinstance(cpu, float)
     # `seconds` are CPU seconds over threads; held-out errors and logs are counted in CPU alone.
     assert seconds <= spent * torch.get_num_threads() <= cpu
+    assert spent * torch.get_num_threads() < 5 * seconds  # steps of all parts begin within it
     both = train_arguments(chain, folder, 100_000, *limit, "--max-minutes", "1")
     assert jobs.train.main(both) == 2
     assert "two limits of one kind" in capsys.readouterr().err
@@ -514,13 +515,13 @@ def test_engine_state_of_another_user_is_not_loaded(
     """It holds pickles. The user is another one here, instead of the files."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
-    before = {**state(folder), "status": "preempted", "step": 6, "checkpoint": "step-00000006"}
+    before = {**state(folder), "status": "preempted", "step": 8, "checkpoint": "step-00000008"}
     (folder / "state.json").write_text(json.dumps(before))
     monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 7)
     assert jobs.train.main(train_arguments(chain, folder, STEPS, *EXACT)) == 2
     said = capsys.readouterr().err
     assert "belongs to another user" in said and "--init-from" in said
-    assert state(folder)["step"] == 6
+    assert state(folder)["step"] == 8
 
 
 def test_all_ranks_of_a_superseded_run_stop_before_they_write(

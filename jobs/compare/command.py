@@ -72,6 +72,17 @@ class Folders:
         return str(self.out / contestant.name / f"seed-{seed}" / part)
 
 
+def _check_machine(comparison: Comparison) -> None:
+    """A `ValueError` where trainings cannot be limited by CPU time."""
+    import torch
+
+    if torch.cuda.is_available():
+        raise ValueError(
+            f"cpu_minutes = {comparison.cpu_minutes:g} compares CPU time, but trainings would use "
+            f"{torch.cuda.get_device_name(0)}; hide it (CUDA_VISIBLE_DEVICES=) to compare on CPUs"
+        )
+
+
 def compare(options: Compare) -> int:
     """Run the command; returns its exit code."""
     comparison = read_comparison(options.config)
@@ -88,6 +99,7 @@ def compare(options: Compare) -> int:
         options.out,
         0 if begun else FREE_BYTES,
     )
+    _check_machine(comparison)
     for contestant in comparison.contestants:
         console.say(
             f"  {contestant.name}: --preset {contestant.preset}; pack "

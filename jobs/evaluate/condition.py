@@ -92,7 +92,7 @@ def cosines(
     for item in painted:
 
         def tokens_of(region: Region) -> list[TokenLattice]:
-            return _finest(store, encoder.key, region, footprint_px)
+            return _lattice_of(store, encoder.key, region, footprint_px)
 
         try:
             (fitted,) = condition_of(tokens_of, item.layout, item.image.shape[1:])
@@ -108,17 +108,20 @@ def cosines(
     return total, failures
 
 
-def _finest(
+def _lattice_of(
     store: Store, encoder_key: str, region: Region, footprint_px: int | None
 ) -> list[TokenLattice]:
-    """The lattice of a region that conditioned it, or the finest where that is not known."""
+    """The lattice of a region of the footprint that was asked for, or the finest."""
     tokens = []
     if region.image in store.image_ids():
         tokens = store.region_tokens(encoder_key, region)
     finest = footprint_px or min((t.footprint_px for t in tokens), default=0)
     found = [t for t in tokens if t.footprint_px == finest]
     if not found:
-        raise ValueError(f"{store.path} no longer holds the tokens that conditioned it")
+        raise ValueError(
+            f"{store.path} no longer holds the tokens that conditioned it"
+            + (f", or none of {footprint_px} px" if footprint_px else "")
+        )
     return found
 
 

@@ -60,7 +60,8 @@ def sample(options: Sample) -> int:
     if options.dry_run:
         return console.EXIT_DONE
     run = Run(options.run)
-    denoiser, early = run.load_denoiser(device=plan.device), run.load_early(device=plan.device)
+    denoiser = run.load_denoiser(device=plan.device)
+    early = run.load_early(device=plan.device) if plan.is_autoguided else None
     for subject in plan.subjects:
         name = subject.name
         identity = _identity(run, plan, subject)

@@ -52,8 +52,9 @@ class Sample:
     """Resolution of the image over the training's: 1, 0.5, 0.25 or 0.125, exact area means of the
     whole image; of runs whose noise is mollified (presets paper, infinity-diff) 1, 2 or 4."""
     steps: int | None = None
-    """Evaluations of the denoiser; guidance evaluates twice in each. By default each block of a
-    cascade has its own number, and other denoisers take 20; both papers took 50."""
+    """Evaluations of the denoiser; guidance of either kind evaluates twice in each. By default
+    each block of a cascade has its own number, and other denoisers take 20; both papers took
+    50."""
     seed: int = 0
     """Another seed paints another image after the same condition."""
     guidance: float = 1.0

@@ -34,6 +34,14 @@ class Plan:
     device: torch.device
     given: Given | None
 
+    @property
+    def is_autoguided(self) -> bool:
+        """Whether weights early in training take part."""
+        asked, denoiser = self.recipe.autoguidance, self.config.denoiser
+        if asked is not None:
+            return asked != 1.0
+        return isinstance(denoiser, CascadeConfig) and denoiser.is_autoguided
+
 
 def make_plan(options: Sample) -> Plan:
     """Resolve the options against the run and the store."""

@@ -207,6 +207,11 @@ class CascadeConfig:
         return {block.name: block.share / total for block in self.sequence}
 
     @property
+    def is_autoguided(self) -> bool:
+        """Whether any block is, unless a command says otherwise."""
+        return any(block.autoguidance != 1.0 for block in self.sequence)
+
+    @property
     def cell_px(self) -> int:
         """Images are generated in multiples of this many pixels: the top block's cell."""
         return 1 << self.top.level
@@ -281,6 +286,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_width": 512,
     },
 }
-"""`tiny` (4.7 million parameters) trains on two CPU cores, `small` has 33, `brush` the published
+"""`tiny` (4.5 million parameters) trains on two CPU cores, `small` has 33, `brush` the published
 450.
 """

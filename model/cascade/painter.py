@@ -65,14 +65,14 @@ def cascade_passes(
         assert isinstance(block, CascadeBlock)
         given = sides(block, condition, guidance)
         weight = config.autoguidance if autoguidance is None else autoguidance
-        before = None
+        early_block = None
         if early is not None and weight != 1.0:
             other = early.blocks[config.name]
             assert isinstance(other, CascadeBlock)
-            before = Before(other.body, sides(other, condition, 1.0)[0], weight)
+            early_block = EarlyBlock(other.body, sides(other, condition, 1.0)[0], weight)
         evaluations, bounds = steps or config.evaluations, block.log_snr_range()
         if isinstance(block.body, TopDenoiser):
-            top = TopPainter(block.body, given, guidance, values, before)
+            top = TopPainter(block.body, given, guidance, values, early_block)
             prepare = partial(_whole, top)
             found.append(Pass(config.name, block.body.level, evaluations, bounds, tree, prepare))
             fine = block.body.level
@@ -81,7 +81,7 @@ def cascade_passes(
             fine, parents = block.body.block.fine, block.body.block.parents
             cells = max(tile, 1 << block.body.block.octaves)
             held = values if fine > 0 else None
-            below = partial(_below, block.body, given, guidance, cells, held, before)
+            below = partial(_below, block.body, given, guidance, cells, held, early_block)
             noise = BandNoise(tree, parents)
             found.append(Pass(config.name, fine, evaluations, bounds, noise, below))
         if fine <= level:
@@ -104,7 +104,7 @@ def sides(block: CascadeBlock, condition: Condition, guidance: float) -> tuple[G
 
 
 @dataclass(frozen=True)
-class Before:
+class EarlyBlock:
     """A block early in its training, under the condition alone, and the weight of autoguidance."""
 
     body: TopDenoiser | OctaveBlock
@@ -112,10 +112,10 @@ class Before:
     weight: float
 
     def guide(
-        self, x0: Float[Tensor, "*shape"], early: Float[Tensor, "*shape"]
+        self, x0: Float[Tensor, "*shape"], weaker: Float[Tensor, "*shape"]
     ) -> Float[Tensor, "*shape"]:
         """Away from the early estimate."""
-        return torch.lerp(early, x0, self.weight)
+        return torch.lerp(weaker, x0, self.weight)
 
 
 def guided(
@@ -135,12 +135,12 @@ def _below(
     guidance: float,
     tile: int,
     values: ValueRange | None,
-    before: Before | None,
+    early: EarlyBlock | None,
     above: Field | None,
 ) -> tuple[Estimator, Constraint | None]:
     assert above is not None, "a block of octaves has parents"
     under = Under(body, above)
-    return BlockPainter(under, given, guidance, tile, values, before), under
+    return BlockPainter(under, given, guidance, tile, values, early), under
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class TopPainter:
     given: tuple[Given, ...]
     guidance: float
     values: ValueRange | None = None
-    before: Before | None = None
+    early: EarlyBlock | None = None
 
     @torch.no_grad()
     def estimate(
@@ -170,11 +170,11 @@ class TopPainter:
             if isinstance(tokens, Tokens)
         ]
         x0 = guided(found, self.guidance)
-        if self.before is not None:
-            assert isinstance(self.before.body, TopDenoiser)
-            assert isinstance(self.before.given, Tokens)
-            early = self.before.body(observed, present, self.before.given, level)
-            x0 = self.before.guide(x0, early)
+        if self.early is not None:
+            assert isinstance(self.early.body, TopDenoiser)
+            assert isinstance(self.early.given, Tokens)
+            weaker = self.early.body(observed, present, self.early.given, level)
+            x0 = self.early.guide(x0, weaker)
         if self.values is not None:
             x0 = self.values.hold(x0, self.body.level, 0)
         yield box, u[0], x0[0]
@@ -240,7 +240,7 @@ class BlockPainter:
     guidance: float
     tile: int
     values: ValueRange | None = None
-    before: Before | None = None
+    early: EarlyBlock | None = None
 
     def __post_init__(self) -> None:
         if self.tile % self.under.cell:
@@ -271,11 +271,11 @@ class BlockPainter:
                 if not isinstance(tokens, Tokens)
             ]
             x0 = guided(found, self.guidance)
-            if self.before is not None:
-                assert isinstance(self.before.body, OctaveBlock)
-                assert not isinstance(self.before.given, Tokens)
-                early = self.before.body(observed, parents, self.before.given, level, told)
-                x0 = self.before.guide(x0, early)
+            if self.early is not None:
+                assert isinstance(self.early.body, OctaveBlock)
+                assert not isinstance(self.early.given, Tokens)
+                weaker = self.early.body(observed, parents, self.early.given, level, told)
+                x0 = self.early.guide(x0, weaker)
             ys, xs = box.slices_in(cells)
             x0 = (base + x0)[:, :, ys, xs]
             if self.values is not None:

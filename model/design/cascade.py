@@ -75,6 +75,13 @@ class CascadeDesign:
                 f"lattice of level {self.coarse_level} was asked for; leave --coarse-level out"
             )
 
+        joins = (*(block.parents for block in self.blocks[1:]), 0)
+        if [block.fine for block in self.blocks] != [*joins]:
+            raise ValueError(
+                f"blocks {', '.join(map(str, self.blocks))} do not join: each begins where the "
+                "one before it ends, and the last ends at level 0"
+            )
+
     @property
     def footprint_px(self) -> int | None:
         return None

@@ -45,6 +45,8 @@ def make_design(
         "blocks": tuple(WindowsBelow(fine, up, side) for up, fine, side in blocks) or None,
     }
     given = {option: value for option, value in options.items() if value is not None}
+    if blocks and coarse_level is None:
+        given["coarse_level"] = blocks[0][0]
     kind = DESIGNS[name]
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for option in given:

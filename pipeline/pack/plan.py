@@ -137,6 +137,7 @@ def make_plan(options: Pack) -> Plan:
     if isinstance(design, CascadeDesign):
         last = window_layouts(design, extent, channels)[-1]
         pack_bytes = last.start + last.number * last.window_bytes
+    windows = design.blocks if isinstance(design, CascadeDesign) else ()
     lattice_bytes = 2 * channels * (side >> design.coarse_level) ** 2
     fixed_bytes = 2 * token_values + lattice_bytes + 4096
     wanted = design.draws_to_cover(extent)
@@ -164,7 +165,7 @@ def make_plan(options: Pack) -> Plan:
         uniform_part=chosen.get("uniform_part"),
         mollifier_sigma_px=options.mollifier,
         classes=tuple(sorted({labels[image] for image in trained & set(labels)})),
-        blocks=blocks,
+        blocks=tuple((b.parents, b.fine, b.window) for b in windows),
     )
     return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes, labels)
 
@@ -175,7 +176,7 @@ def _block(text: str) -> tuple[int, int, int]:
         parents, fine, window = (int(part) for part in text.split(":"))
     except ValueError:
         parents, fine, window = 0, 0, 0
-    if not (12 >= parents > fine >= 0 and window >= 1):
+    if not (8 >= parents > fine >= 0 and window >= 1):
         raise ValueError(
             f"--blocks takes PARENTS:FINE:WINDOW, as 6:2:4 for windows of 4 cells of 64 px down "
             f"to cells of 4 px, not {text!r}"
