@@ -89,8 +89,10 @@ class Averages:
         return self.parts[-1]
 
     def files(self, *, cascade: bool) -> dict[str, dict[str, Tensor]]:
-        """By the names of their files; only cascades have an early form and a best one."""
+        """By the names of their files; only cascades have an early form and a best one. Parts that
+        do not know early weights hold those that they began with as early ones.
+        """
         if not cascade:
             return {"ema": self.running}
-        early = {"early": self.early} if all(p.knows_early for p in self.parts) else {}
+        early = {"early": self.early} if any(p.knows_early for p in self.parts) else {}
         return {"average": self.running, **early, "ema": self.best}

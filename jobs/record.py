@@ -24,8 +24,8 @@ class RunState:
     """Where a run stands: `checkpoint` is what to resume from, `seconds` the training so far,
     `cpu_seconds` what that took of all cores of the first rank, `parts` the steps and seconds of
     every part of the denoiser that is trained on its own, `errors` the least held-out error of
-    each so far and `measured` the last step at which it was measured, `follows` the parts whose
-    early weights are still to come (`jobs.averages`).
+    each so far and `measured` the last step at which it was measured, `early` of the
+    parts that know their early weights whether these are still to come (`jobs.averages`).
     """
 
     status: str
@@ -40,7 +40,7 @@ class RunState:
     cpu_seconds: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)
     measured: dict[str, int] = field(default_factory=dict)
-    follows: list[str] = field(default_factory=list)
+    early: dict[str, bool] = field(default_factory=dict)
 
     @property
     def host_and_process(self) -> tuple[str, str]:

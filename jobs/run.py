@@ -143,7 +143,7 @@ class Run:
             parts=before.parts if before else {},
             errors=before.errors if before else {},
             measured=before.measured if before else {},
-            follows=before.follows if before else [],
+            early=before.early if before else {},
             restarts=before.restarts + 1 if before else 0,
             job_id=os.environ.get("SLURM_JOB_ID"),
         )

@@ -406,7 +406,7 @@ class Trainer:
                 checkpoint=folder.name,
                 parts={part.name: [part.step, part.seconds] for part in self.parts},
                 measured={part.name: part.held_out_step for part in self.parts},
-                follows=[part.name for part in self.parts if part.averages.follows],
+                early={p.name: p.averages.follows for p in self.parts if p.averages.knows_early},
                 errors={
                     part.name: part.averages.error
                     for part in self.parts
@@ -438,8 +438,8 @@ class Trainer:
             measured = before.measured.get(part.name, int(steps))
             error = before.errors.get(part.name)
             part.resume(int(steps), float(seconds), measured, error)
-            part.averages.knows_early = self.run.keeps_early()
-            part.averages.follows = part.name in before.follows
+            part.averages.knows_early = part.name in before.early
+            part.averages.follows = before.early.get(part.name, False)
         own = {id(p) for part in self.parts for p in part.objective.parameters()}
         weights = self.run.read_weights(before.step, "weights")
         with torch.no_grad():

@@ -61,7 +61,7 @@ def test_lines_are_aligned_and_say_their_state_in_words(
     lines = [line for line in text.splitlines() if line.startswith("  ")]
     assert len(lines) > 40
     for line in lines:
-        assert re.fullmatch(r"  (ok     |missing|absent )  .{16}  \S.*", line), line
+        assert re.fullmatch(r"  (ok     |missing|absent )  .{32}  \S.*", line), line
     assert "\x1b" not in text
 
 

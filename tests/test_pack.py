@@ -429,7 +429,7 @@ def test_packs_of_the_blocks_that_were_before_are_refused(
     for file in chain.packs.iterdir():
         if file.suffix == ".json":
             content = json.loads(file.read_text())
-            del content.get("settings", content)["blocks"]
+            content.get("settings", content).pop("blocks", None)
             (tmp_path / file.name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"drawn for the four blocks .* before; pack again"):
         PackSet.open(tmp_path)

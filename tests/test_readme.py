@@ -44,7 +44,7 @@ SMALLER: dict[str, dict[str, tuple[str, ...]]] = {
         "--dim": ("16",),
     },
     "conditioning.embed": {},
-    "pipeline.pack": {"--points": ("23000",), "--packs-per-region": ("2",)},
+    "pipeline.pack": {"--points": ("24000",), "--packs-per-region": ("2",)},
     "jobs.train": {"--preset": ("tiny",), "--steps": ("2",), "--batch": ("2",)},
     "jobs.sample": {"--size": ("512",), "--steps": ("2",)},
     "pipeline.export": {},

@@ -86,7 +86,7 @@ def test_every_variant_leaves_a_line_and_is_not_repeated(tmp_path: Path) -> None
     slide, table, out = (tmp_path / name for name in ("slide.tif", "table.toml", "out"))
     draw_slide(slide, height_px=1280, width_px=1024, mpp=0.5, seed=0)
     table.write_text(TABLE.format(seeds=[0]) + SMALL.format(slide=slide))
-    recipe(table, out)
+    said = recipe(table, out)
     first, second = lines_of(out)
     assert [first["variant"], second["variant"]] == ["D", "far from early"]
     assert first["steps"] == second["steps"] and 1 <= first["cpu_seconds"] < 60
@@ -95,7 +95,7 @@ def test_every_variant_leaves_a_line_and_is_not_repeated(tmp_path: Path) -> None
     assert first["split"] != "train" and first["regions"]
     values = [line["crop_fid"]["value"] for line in (first, second)]
     assert 0 < values[0] < values[1]
-    assert "far from early" in recipe(table, out, "--show")
+    assert "| small | far from early | D " in said
     recipe(table, out)
     assert lines_of(out) == [first, second]
 

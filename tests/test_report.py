@@ -93,7 +93,7 @@ def painted(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Two images larger than their regions and not square, a third at half the scale."""
     folder = tmp_path_factory.mktemp("reported")
     case = Case(folder / "run", folder / "images", chain.store)
-    succeed(jobs.train.main(train_arguments(chain, case.run, 4, *EVEN_SHARES)))
+    succeed(jobs.train.main(train_arguments(chain, case.run, 5, *EVEN_SHARES)))
     common = [str(case.run), "--condition", str(chain.store), "--out", str(case.images)]
     common += ["--steps", "2", "--guidance", "1", "--format", "zarr"]
     size = f"{SIZE[0]}x{SIZE[1]}"

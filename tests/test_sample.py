@@ -301,7 +301,7 @@ def test_mistakes_are_sentences(
         (["--region", "999"], "has regions 0 to"),
         (["--size", "big"], "--size takes a side"),
         (["--scale", "3"], "--scale takes 4, 2, 1, 0.5"),
-        (["--tile", "33"], "take a multiple of 16, or auto"),
+        (["--tile", "33"], "take a multiple of 4, or auto"),
         (["--scale", "2"], "knows nothing finer"),
         (["--overlap", "0.5"], "only patch diffusion paints in windows"),
         (["--steps", "0"], "takes a positive number"),

@@ -12,7 +12,7 @@ from jobs.doctor.machine import DISTRIBUTION, Item, examine
 from jobs.record import commit
 from pipeline import console
 
-NAME_WIDTH = 18
+NAME_WIDTH = 34
 
 
 @dataclass(frozen=True)
