@@ -132,9 +132,9 @@ def compare(options: Compare) -> int:
     return code
 
 
-def held_out(regions: Sequence[Region], wanted: int) -> list[Region]:
-    """So many regions that were not trained on and do not overlap: those of test first, then of
-    val; among them those that fit beside one another, then the fullest.
+def held_out_apart(regions: Sequence[Region]) -> list[Region]:
+    """Regions that were not trained on and do not overlap: those of test first, then of val; among
+    them those that fit beside one another, then the fullest.
     """
     parts: dict[tuple[str, str], list[Region]] = {}
     for region in regions:
@@ -152,8 +152,14 @@ def held_out(regions: Sequence[Region], wanted: int) -> list[Region]:
             or max(abs(region.y - other.y), abs(region.x - other.x)) >= region.side
             for other in chosen
         )
-        if apart and len(chosen) < wanted:
+        if apart:
             chosen.append(region)
+    return chosen
+
+
+def held_out(regions: Sequence[Region], wanted: int) -> list[Region]:
+    """So many of `held_out_apart`, in the order of the store."""
+    chosen = held_out_apart(regions)[:wanted]
     if len(chosen) < wanted:
         raise ValueError(
             f"the store has {len(chosen)} regions apart that were not trained on and the "

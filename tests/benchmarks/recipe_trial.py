@@ -17,6 +17,7 @@ from PIL import Image
 from recipe_table import Job, Study
 
 from conditioning.tokens import fit, from_store, to_condition
+from jobs.compare.command import held_out_apart
 from jobs.evaluate.crops import Crop, _crops_of
 from jobs.evaluate.lite0 import load_lite0
 from jobs.evaluate.measure import Measured, measure
@@ -92,17 +93,8 @@ class Trial:
     def regions(self) -> list[Region]:
         """Those that are generated: held out and apart, where there are any, or the first."""
         regions = self.store.regions()
-        held_out = [region for region in regions if region.split != "train"] or regions[:1]
-        chosen: list[Region] = []
-        for region in sorted(held_out, key=lambda r: (r.split != "test", r.index)):
-            apart = all(
-                region.image != other.image
-                or max(abs(region.y - other.y), abs(region.x - other.x)) >= region.side
-                for other in chosen
-            )
-            if apart and len(chosen) < self.material.regions:
-                chosen.append(replace(region, side=min(region.side, FINISHING_PX)))
-        return chosen
+        chosen = held_out_apart(regions)[: self.material.regions] or regions[:1]
+        return [replace(region, side=min(region.side, FINISHING_PX)) for region in chosen]
 
     def trained(self) -> Run:
         """The run whose blocks are generated with."""
