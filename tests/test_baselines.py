@@ -293,6 +293,7 @@ def test_an_untrained_network_is_the_wiener_estimate_of_every_octave_and_its_los
     patches, level = with_variances(512, VARIANCES), torch.full((512,), log_snr).double()
     losses = PatchObjective(net).losses(patches, given_, torch.arange(512), level)
     observed = patches.values
+    assert losses.mean().item() == pytest.approx(1.0, abs=0.05)
     octaves_seen = pyramid(observed, 4)
     for loss, octave in zip(losses.tolist(), octaves_seen, strict=True):
         # Of so many normal values, of which details keep three in four.
@@ -351,6 +352,7 @@ def test_what_is_absent_is_neither_seen_nor_scored() -> None:
     torch.testing.assert_close(losses[0], losses[1])
     full = objective(draw(1), given_, torch.tensor([5]), torch.tensor([0.5]).double())
     assert (losses[0] - full).abs().min() > 1e-4
+    assert (losses[0].mean() - full.mean()).abs() > 1e-3
 
 
 def test_every_parameter_learns() -> None:
