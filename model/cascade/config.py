@@ -266,9 +266,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "top": TopConfig(width=128, depth=4),
         "blocks": (
-            replace(A, widths=(192, 256), depths=(2, 2), context=128),
-            replace(B, widths=(232, 328), depths=(2, 3), context=128),
-            replace(C, widths=(176, 304), depths=(2, 3), context=128),
+            replace(A, widths=(128, 192), depths=(2, 2), context=128),
+            replace(B, widths=(208, 304), depths=(2, 3), context=128),
+            replace(C, widths=(224, 384), depths=(2, 3), context=128),
             replace(D, widths=(160,), depths=(5,), context=64),
         ),
         "token_width": 256,
@@ -277,9 +277,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brush": {
         "top": TopConfig(width=384, depth=8, heads=8),
         "blocks": (
-            replace(A, widths=(512, 896), depths=(3, 4), context=256),
-            replace(B, widths=(672, 1056), depths=(3, 5), context=256),
-            replace(C, widths=(512, 896), depths=(3, 5), context=256),
+            replace(A, widths=(384, 640), depths=(3, 4), context=256),
+            replace(B, widths=(640, 1008), depths=(3, 5), context=256),
+            replace(C, widths=(640, 1088), depths=(3, 5), context=256),
             replace(D, widths=(384,), depths=(6,), context=128),
         ),
         "token_width": 768,
