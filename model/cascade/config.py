@@ -144,7 +144,7 @@ D = BlockConfig(
     tokens=False,
     window=32,
     share=0.26,
-    evaluations=16,
+    evaluations=8,
     autoguidance=1.3,
 )
 
