@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.cascade.config import PRESETS as CASCADES
-from model.cascade.config import BlockConfig, CascadeConfig, TopConfig
+from model.cascade.config import NETWORK, BlockConfig, CascadeConfig, TopConfig
 from model.design import Design, PatchDesign
 from model.process import Octaves
 from model.sparse.config import PRESETS as SPARSE
@@ -149,8 +149,9 @@ FIXED = (
     "level",
     "window",
     "margin",
+    "network",
 )
-"""What follows from the packs, and from their design."""
+"""What follows from the packs and their design, or from the code."""
 
 
 def changed(config: DenoiserConfig, changes: Sequence[str]) -> DenoiserConfig:
@@ -239,6 +240,11 @@ def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
         raise ValueError(f"the denoiser's configuration has unknown keys {unknown}")
     resolved: dict[str, Any] = {k: _tuples(v) for k, v in values.items()}
     if kind is CascadeConfig:
+        if values.get("network", 1) != NETWORK:
+            raise ValueError(
+                f"this run's network is of form {values.get('network', 1)} and this version has form "
+                f"{NETWORK} (layer norms since then); train again on the same packs"
+            )
         resolved["top"] = TopConfig(**resolved["top"])
         resolved["blocks"] = tuple(BlockConfig(**block) for block in resolved["blocks"])
     return kind(**resolved)

@@ -48,6 +48,12 @@ def test_configurations_survive_json_and_unknown_keys_are_errors(config: Cascade
     older = config_from_dict(stored)
     assert isinstance(older, CascadeConfig)
     assert older.blocks == tuple(dataclasses.replace(b, lookups=1) for b in config.blocks)
+    del stored["network"]
+    with pytest.raises(
+        ValueError, match=r"network is of form 1 .*; train again on the same packs"
+    ):
+        config_from_dict(stored)
+    stored["network"] = config.network
     with pytest.raises(ValueError, match="unknown keys \\['colour'\\]"):
         config_from_dict({**stored, "colour": 1})
     with pytest.raises(ValueError, match=r"joint pyramid's.*; pack and train again"):

@@ -15,6 +15,11 @@ from model.spectrum import NoiseSpectrum
 
 TopAttention = Literal["operator", "softmax", "none"]
 
+NETWORK = 2
+"""The form of `network`: 2 since features are normalised by layer norms. Weights of another form
+would load, and generate something else.
+"""
+
 
 @dataclass(frozen=True)
 class TopConfig:
@@ -159,7 +164,8 @@ class CascadeConfig:
     margin: parents around a window or tile that its network sees. token_width, embedding_width: of
     encoded tokens and of a noise level. parents_noise: largest deviation of the noise that is
     added to parents in training, so that generated ones are no shock. log_snr_deviation: of the
-    noise levels that are drawn, around the middle of a block's range.
+    noise levels that are drawn, around the middle of a block's range. network: which form of
+    `network` the weights are of.
     """
 
     channels: int
@@ -173,6 +179,7 @@ class CascadeConfig:
     embedding_width: int = 64
     parents_noise: float = 0.08
     log_snr_deviation: float = 2.2
+    network: int = NETWORK
 
     def __post_init__(self) -> None:
         level = self.top.level
