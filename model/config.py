@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from model.cascade.config import PRESETS as CASCADES
 from model.cascade.config import NETWORK, BlockConfig, CascadeConfig, TopConfig
+from model.cascade.config import PRESETS as CASCADES
 from model.design import Design, PatchDesign
 from model.process import Octaves
 from model.sparse.config import PRESETS as SPARSE
@@ -240,10 +240,11 @@ def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
         raise ValueError(f"the denoiser's configuration has unknown keys {unknown}")
     resolved: dict[str, Any] = {k: _tuples(v) for k, v in values.items()}
     if kind is CascadeConfig:
-        if values.get("network", 1) != NETWORK:
+        form = values.get("network", 1)
+        if form != NETWORK:
             raise ValueError(
-                f"this run's network is of form {values.get('network', 1)} and this version has form "
-                f"{NETWORK} (layer norms since then); train again on the same packs"
+                f"this run's network is of form {form} and this version has form {NETWORK} (layer "
+                "norms since then); train again on the same packs"
             )
         resolved["top"] = TopConfig(**resolved["top"])
         resolved["blocks"] = tuple(BlockConfig(**block) for block in resolved["blocks"])
