@@ -244,7 +244,7 @@ def config_from_dict(values: dict[str, Any]) -> DenoiserConfig:
         if form != NETWORK:
             raise ValueError(
                 f"this run's network is of form {form} and this version has form {NETWORK} (layer "
-                "norms since then); train again on the same packs"
+                "norms since then); train again, and pack again if its blocks differ"
             )
         resolved["top"] = TopConfig(**resolved["top"])
         resolved["blocks"] = tuple(BlockConfig(**block) for block in resolved["blocks"])
