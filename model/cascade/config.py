@@ -293,6 +293,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_width": 512,
     },
 }
-"""`tiny` (3.1 million parameters) trains on two CPU cores, `small` has 33, `brush` 440, which is the
-published number within 5 %. The widths of the larger two follow from it and are not tried out.
+"""`tiny` (3.1 million parameters) trains on two CPU cores, `small` has 33, `brush` 440, as the
+published model within 5 %. The widths of the larger two follow from it and are not tried out.
 """
