@@ -31,7 +31,7 @@ from model.generate import (
     start,
 )
 from model.lattice import coarser
-from model.solver import Solver, make_solver, uniform_steps
+from model.solver import Solver, make_solver
 from pipeline import console
 
 
@@ -165,7 +165,7 @@ def _generate(
         constraint = hold(held, constraint)
         painter = Edited(painter, constraint)
     first, last = trajectory.log_snrs
-    plan = uniform_steps(first, last, max(steps - 1, 1))
+    plan = solver.steps(first, last, max(steps - 1, 1))
     done = state.done(name)
     cells = shape[1] * shape[2]
     started = time.monotonic()

@@ -27,7 +27,7 @@ from model.cascade.objective import NOISE_STREAM, keyed_normals
 from model.draw import BlockDraw, Draw, PointDraw, TopDraw
 from model.family import Denoiser, make_passes, mollifier_of
 from model.haar import zero_mean
-from model.solver import DPMSolverPP2M, uniform_steps
+from model.solver import DPMSolverPP2M
 from model.sparse.denoiser import SparseOperatorDenoiser
 from pipeline.packfile import PackSet
 
@@ -94,7 +94,7 @@ def generated_windows(block: CascadeBlock, batch: Batch) -> Float[Tensor, "b c h
     solver, (first, last) = DPMSolverPP2M(), block.log_snr_range()
     u = noise * 2.0**-level * (1 + math.exp(first)) ** -0.5
     before = None
-    for step in uniform_steps(first, last, STEPS - 1):
+    for step in solver.steps(first, last, STEPS - 1):
         x0 = estimate(u * (1 + math.exp(-step.now)) ** 0.5, step.now)
         u, before = solver(u, x0, before, step), x0
     return base + estimate(u * (1 + math.exp(-last)) ** 0.5, last)

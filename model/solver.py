@@ -14,10 +14,15 @@ Noise that is not of the process's law (white, where the process is mollified) w
 image. It is keyed by step and place (`generate.fresh_noise`), so that tiles and restarts change
 nothing.
 
-On the exact denoiser of a Gaussian field with the octaves of H&E, a block of the cascade at a
-time, 20 steps leave every octave's variance 0.1 dB too large with 2M. All ancestral steps together
-leave the part e^(-h) of it and DDIM's e^(-h/2), whatever the octave: 1.4 to 1.8 dB and 0.8 to 1.0
-dB too little at 20 steps; for 0.5 dB they need 75 and 40. The larger variance
+Log-SNRs. First-order solvers take them uniformly. 2M takes smaller steps towards the clean end,
+
+    lambda(s) = low + (high - low) ((1 + g) s - g s^2),    s uniform in 0 ... 1,    g = 0.4,
+
+so that the last steps are (1 - g) / (1 + g) of the first. On the exact denoiser of a Gaussian
+field with the octaves of H&E, a block of the cascade at a time, 10 evaluations then leave every
+octave's variance right within 0.06 dB; uniform ones need 16 to 20 for 0.1 dB. All ancestral steps
+together leave the part e^(-h) of it and DDIM's e^(-h/2), whatever the octave: 1.4 to 1.8 dB and
+0.8 to 1.0 dB too little at 20 steps; for 0.5 dB they need 75 and 40. The larger variance
 beta_t that Ho et al. also tried leaves -1.8 dB in coarse octaves at 20 steps and +1.5 dB in the
 finest, measured with all octaves of a region together: not offered.
 """
@@ -49,6 +54,10 @@ class Solver(Protocol):
         """Whether the estimate of the step before is wanted; it is None at the first step in any
         case.
         """
+        ...
+
+    def steps(self, low: float, high: float, count: int) -> list[Step]:
+        """So many steps from one log-SNR to another, where this solver does best."""
         ...
 
     def noise_scale(self, step: Step) -> float:
@@ -89,6 +98,9 @@ class DDIM:
     def remembers(self) -> bool:
         return False
 
+    def steps(self, low: float, high: float, count: int) -> list[Step]:
+        return uniform_steps(low, high, count)
+
     def noise_scale(self, step: Step) -> float:
         _, sigma_after = _alpha_sigma(step.after)
         return self.eta * sigma_after * math.sqrt(-math.expm1(step.now - step.after))
@@ -126,6 +138,9 @@ class DPMSolverPP2M:
     @property
     def remembers(self) -> bool:
         return True
+
+    def steps(self, low: float, high: float, count: int) -> list[Step]:
+        return graded_steps(low, high, count)
 
     def noise_scale(self, step: Step) -> float:
         return 0.0
@@ -172,3 +187,13 @@ def steps_through(log_snrs: Sequence[float]) -> list[Step]:
 def uniform_steps(low: float, high: float, steps: int) -> list[Step]:
     """`steps` steps, uniform in log-SNR, from `low` to `high`."""
     return steps_through([low + (high - low) * i / max(steps, 1) for i in range(steps + 1)])
+
+
+GRADING = 0.4
+
+
+def graded_steps(low: float, high: float, steps: int) -> list[Step]:
+    """`steps` steps from `low` to `high` that grow smaller: (1 - g) / (1 + g) of the first."""
+    parts = [i / max(steps, 1) for i in range(steps + 1)]
+    grown = [(1 + GRADING) * part - GRADING * part**2 for part in parts]
+    return steps_through([*(low + (high - low) * part for part in grown[:-1]), high])

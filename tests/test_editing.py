@@ -39,7 +39,7 @@ from model.generate import (
 )
 from model.lattice import Box, tiles
 from model.noise import NoiseTree
-from model.solver import DDIM, DPMSolverPP2M, Solver, uniform_steps
+from model.solver import DDIM, DPMSolverPP2M, Solver
 from model.sparse.config import SparseConfig
 
 SEED = 7
@@ -150,7 +150,7 @@ def painted(
     if constraint is not None:
         start_from(pair[0], constraint, bounds[0], level=level, tile=32)
         painter = Edited(painter, constraint)
-    for i, step in enumerate(uniform_steps(*bounds, steps)):
+    for i, step in enumerate(solver.steps(*bounds, steps)):
         a, b = i % 2, (i + 1) % 2
         state = Trajectory(pair[a], pair[b], memory[a], memory[b])
         advance(painter, solver, step, state, fresh=fresh_noise(NOISE, SEED, i))
@@ -238,7 +238,7 @@ def test_the_known_part_is_read_with_the_noise_of_its_time(solver: Solver) -> No
     painted(recorder, Known(known, mask("some")), solver, steps=steps)
     noise = NOISE.box(SEED, box).double().numpy()
     kept = np.broadcast_to(mask("some").array > 0, SHAPE)
-    for i, step in enumerate([*uniform_steps(LOW, HIGH, steps), None]):
+    for i, step in enumerate([*solver.steps(LOW, HIGH, steps), None]):
         log_snr, u = recorder.seen[i]
         alpha, sigma = 1 / math.sqrt(1 + math.exp(-log_snr)), 1 / math.sqrt(1 + math.exp(log_snr))
         np.testing.assert_allclose(

@@ -61,7 +61,7 @@ def painted(
 ) -> np.ndarray:
     pair = [ArrayField(np.zeros(shape)) for _ in range(2)]
     start(pair[0], noise, 7, bounds[0])
-    for i, step in enumerate(uniform_steps(*bounds, steps)):
+    for i, step in enumerate(solver.steps(*bounds, steps)):
         state = Trajectory(pair[i % 2], pair[(i + 1) % 2])
         advance(painter, solver, step, state, fresh=fresh_noise(noise, 7, i))
     finish(painter, bounds[1], Trajectory(pair[steps % 2], pair[(steps + 1) % 2]))
@@ -72,7 +72,7 @@ def scalar_variance(solver: Solver, steps: int) -> float:
     """Of what is painted, over the noise's: the same steps on one mode, noise by noise."""
     u = torch.zeros(2 + steps, dtype=torch.float64)
     u[1] = 1 / math.sqrt(1 + math.exp(LOW))
-    for i, step in enumerate(uniform_steps(LOW, HIGH, steps)):
+    for i, step in enumerate(solver.steps(LOW, HIGH, steps)):
         alpha, noise = 1 / math.sqrt(1 + math.exp(-step.now)), 1 / (1 + math.exp(step.now))
         gain = alpha * RATIO / (alpha**2 * RATIO + noise)
         fresh = torch.zeros_like(u)

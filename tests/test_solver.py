@@ -57,7 +57,7 @@ def follow(
     u[:, 0] = mean * alpha
     u[:, 1] = (mean * alpha**2 * ratio + sigma**2).sqrt()
     before = None
-    for number, step in enumerate(uniform_steps(low, high, steps)):
+    for number, step in enumerate(solver.steps(low, high, steps)):
         estimate = exact_estimate(u, ratio, step.now)
         fresh = torch.zeros_like(u)
         fresh[:, 2 + number] = 1.0
@@ -135,8 +135,8 @@ def test_a_step_from_the_truth_keeps_the_marginal(eta: float) -> None:
 
 def decibels(name: str, offsets: Sequence[float], evaluations: int) -> torch.Tensor:
     """Generated over real variance of octaves of these ln(S / N), which are generated together,
-    with as many evaluations as `jobs.painting` spends them: from noise alone, uniform in log-SNR,
-    the last for x0_hat. An untrained block of a cascade is this exact denoiser.
+    with as many evaluations as `jobs.painting` spends them: from noise alone, where the solver
+    takes its steps, the last for x0_hat. An untrained block of a cascade is this exact denoiser.
     """
     low, high = -MARGIN_NATS - max(offsets), MARGIN_NATS - min(offsets)
     ratio = torch.tensor(offsets, dtype=torch.float64).exp()

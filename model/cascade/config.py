@@ -44,7 +44,7 @@ class TopConfig:
     lookup: bool = True
     turned: bool = True
     share: float = 0.04
-    evaluations: int = 20
+    evaluations: int = 10
     autoguidance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class BlockConfig:
     window: int = 8
     turned: bool = True
     share: float = 0.3
-    evaluations: int = 18
+    evaluations: int = 10
     autoguidance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -138,18 +138,15 @@ class BlockConfig:
         return -(-(reach + self.place) // (1 << self.octaves))
 
 
-A = BlockConfig("A", 8, 6, 2, (48, 64), (1, 2), lookups=2, share=0.07, evaluations=16)
-B = BlockConfig("B", 6, 4, 2, (64, 96), (1, 2), share=0.18, evaluations=16, autoguidance=1.5)
-C = BlockConfig(
-    "C", 4, 2, 2, (64, 128), (1, 2), window=16, share=0.45, evaluations=16, autoguidance=1.75
-)
+A = BlockConfig("A", 8, 6, 2, (48, 64), (1, 2), lookups=2, share=0.07)
+B = BlockConfig("B", 6, 4, 2, (64, 96), (1, 2), share=0.18, autoguidance=1.5)
+C = BlockConfig("C", 4, 2, 2, (64, 128), (1, 2), window=16, share=0.45, autoguidance=1.75)
 D = BlockConfig(
     *("D", 2, 0, 4, (64,), (3,)),
     context=32,
     tokens=False,
     window=32,
     share=0.26,
-    evaluations=16,
     autoguidance=1.3,
 )
 
