@@ -18,11 +18,11 @@ Log-SNRs. First-order solvers take them uniformly. 2M takes smaller steps toward
 
     lambda(s) = low + (high - low) ((1 + g) s - g s^2),    s uniform in 0 ... 1,    g = 0.4,
 
-so that the last steps are (1 - g) / (1 + g) of the first. On the exact denoiser of a Gaussian
-field with the octaves of H&E, a block of the cascade at a time, 10 evaluations then leave every
-octave's variance right within 0.06 dB; uniform ones need 16 to 20 for 0.1 dB. All ancestral steps
-together leave the part e^(-h) of it and DDIM's e^(-h/2), whatever the octave: 1.4 to 1.8 dB and
-0.8 to 1.0 dB too little at 20 steps; for 0.5 dB they need 75 and 40. The larger variance
+so that of many steps the last is (1 - g) / (1 + g) of the first. On the exact denoiser of a
+Gaussian field with the octaves of H&E, a block of the cascade at a time, 10 evaluations then leave
+every octave's variance right within 0.06 dB; uniform ones need 16 to 20 for 0.1 dB. All ancestral
+steps together leave the part e^(-h) of it and DDIM's e^(-h/2), whatever the octave: 1.4 to 1.8 dB
+and 0.8 to 1.0 dB too little at 20 steps; for 0.5 dB they need 75 and 40. The larger variance
 beta_t that Ho et al. also tried leaves -1.8 dB in coarse octaves at 20 steps and +1.5 dB in the
 finest, measured with all octaves of a region together: not offered.
 """
@@ -184,16 +184,17 @@ def steps_through(log_snrs: Sequence[float]) -> list[Step]:
     return [Step(b, now, after) for b, now, after in ends]
 
 
+GRADING = 0.4
+"""Of the steps of DPM-Solver++(2M); see the head of this module."""
+
+
 def uniform_steps(low: float, high: float, steps: int) -> list[Step]:
     """`steps` steps, uniform in log-SNR, from `low` to `high`."""
-    return steps_through([low + (high - low) * i / max(steps, 1) for i in range(steps + 1)])
+    return graded_steps(low, high, steps, grading=0.0)
 
 
-GRADING = 0.4
-
-
-def graded_steps(low: float, high: float, steps: int) -> list[Step]:
-    """`steps` steps from `low` to `high` that grow smaller: (1 - g) / (1 + g) of the first."""
+def graded_steps(low: float, high: float, steps: int, *, grading: float = GRADING) -> list[Step]:
+    """`steps` steps from `low` to `high`, each smaller than the one before by the same amount."""
     parts = [i / max(steps, 1) for i in range(steps + 1)]
-    grown = [(1 + GRADING) * part - GRADING * part**2 for part in parts]
+    grown = [(1 + grading) * part - grading * part**2 for part in parts]
     return steps_through([*(low + (high - low) * part for part in grown[:-1]), high])

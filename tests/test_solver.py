@@ -226,3 +226,12 @@ def test_steps_join_and_the_first_has_no_memory() -> None:
     assert steps_through([-3.0, -1.0, 1.0, 3.0, 5.0]) == steps
     with pytest.raises(ValueError, match="at least one step"):
         uniform_steps(0.0, 1.0, 0)
+
+
+def test_the_second_order_solver_takes_steps_that_shrink_by_the_same_amount() -> None:
+    steps = DPMSolverPP2M().steps(-3.0, 5.0, 9)
+    lengths = torch.tensor([s.after - s.now for s in steps], dtype=torch.float64)
+    assert (steps[0].now, steps[-1].after) == (-3.0, 5.0)
+    assert (lengths > 0).all() and (lengths.diff() < 0).all()
+    torch.testing.assert_close(lengths.diff(), lengths.diff()[:1].expand(8))
+    assert DDIM().steps(-3.0, 5.0, 9) == uniform_steps(-3.0, 5.0, 9)
