@@ -39,6 +39,7 @@ from jobs.record import (
     read_record,
     read_state,
 )
+from model.cascade.config import NETWORK
 from model.cascade.range import ValueRange
 from model.config import DenoiserConfig, config_from_dict
 from model.family import Denoiser, make_denoiser
@@ -50,6 +51,8 @@ from pipeline.packfile import PackSettings, PackStatistics, tuples_from_json
 CHECKPOINTS_KEPT = 2
 TRAINED = "trained"
 """In a file of weights: the parts of the denoiser that its run trains."""
+FORM = "network"
+"""In a file of weights: the form of a cascade's networks that they are of."""
 CHECKPOINT_BYTES_PER_PARAMETER = 28
 """Weights, three averages, and DeepSpeed's weights with two moments, all in float32."""
 
@@ -200,13 +203,13 @@ class Run:
         self, step: int, name: str, weights: Mapping[str, Tensor], trained: Sequence[str]
     ) -> None:
         """Write NAME.safetensors of a checkpoint, and in it the names of the parts of the denoiser
-        that this run trains.
+        that this run trains and the form of a cascade's networks.
         """
         folder = self.checkpoint_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{name}.partial"
         values = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        save_file(values, temporary, {TRAINED: " ".join(trained)})
+        save_file(values, temporary, {TRAINED: " ".join(trained), FORM: str(NETWORK)})
         temporary.replace(folder / f"{name}.safetensors")
 
     def read_weights(self, step: int, name: str) -> dict[str, Tensor]:
@@ -289,8 +292,17 @@ class Run:
 
 def trained_parts(file: Path) -> tuple[str, ...]:
     """Which parts of a denoiser the run trained that wrote this file of weights."""
+    return tuple(_metadata(file).get(TRAINED, "").split())
+
+
+def network_form(file: Path) -> int:
+    """Of which form of a cascade's networks the weights of a file are; the first said nothing."""
+    return int(_metadata(file).get(FORM, 1))
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
     with safe_open(file, "pt") as weights:
-        return tuple((weights.metadata() or {}).get(TRAINED, "").split())
+        return weights.metadata() or {}
 
 
 def _spectrum(content: Mapping[str, Any]) -> NoiseSpectrum:

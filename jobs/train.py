@@ -21,9 +21,10 @@ from jobs.optimizer import OptimizerName
 from jobs.parts import Clock, Goal
 from jobs.presets import read_preset
 from jobs.record import RunState
-from jobs.run import Run, RunConfig, SupersededError, trained_parts
+from jobs.run import Run, RunConfig, SupersededError, network_form, trained_parts
 from jobs.trainer import Trainer, Training, goals_of, num_lanes
-from model.cascade.config import CascadeConfig
+from model.cascade.config import NETWORK, CascadeConfig
+from model.cascade.denoiser import CascadeDenoiser
 from model.config import DenoiserConfig, SparseConfig, changed
 from model.family import WHOLE, Denoiser, computes_densely, make_denoiser, shares
 from pipeline import console
@@ -298,6 +299,12 @@ def joined_weights(
                 f"--init-from {file} holds weights of another denoiser ({other[0]} and "
                 f"{len(other) - 1} more differ); use the preset and encoder that it was trained "
                 "with"
+            )
+        form = network_form(file)
+        if isinstance(denoiser, CascadeDenoiser) and form != NETWORK:
+            raise ValueError(
+                f"--init-from {file} holds weights of a network of form {form}, and this version "
+                f"has form {NETWORK} (layer norms since then); train again"
             )
         if len(files) > 1:
             blocks = trained_parts(file)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from chain import EVEN_SHARES, Chain, train_arguments
 from processes import run, start, stop_when, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import jobs.sample
 import jobs.train
@@ -258,7 +258,10 @@ def test_blocks_are_trained_apart_and_joined(
     for key, value in weights(joined).items():
         if not key.startswith("blocks.T."):
             assert torch.equal(value, weights(undisturbed, "weights")[key]), key
+    older = str(tmp_path / "older.safetensors")
+    save_file(load_file(files[0]), older)  # as weights were written before networks had a form
     for more, sentence in (
+        (["--init-from", older], "holds weights of a network of form 1"),
         (["--init-from", files[0], files[0]], "were both trained on block B"),
         (["--init-from", files[0], "--set", "D.widths=32"], "holds weights of another denoiser"),
         (["--init-from", str(tmp_path / "none.safetensors")], "does not exist"),
