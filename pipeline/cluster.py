@@ -177,6 +177,7 @@ def _unchanged_environment() -> Iterator[None]:
 
 
 def _local_cluster(workers: int | None) -> Any:
+    import dask
     from distributed import LocalCluster
 
     return LocalCluster(
@@ -184,6 +185,7 @@ def _local_cluster(workers: int | None) -> Any:
         threads_per_worker=1,
         processes=True,
         dashboard_address="127.0.0.1:0",
+        preload=[*dask.config.get("distributed.worker.preload"), "pipeline.worker_log"],
     )
 
 

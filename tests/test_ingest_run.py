@@ -5,6 +5,7 @@ about all images at its end.
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import subprocess
@@ -214,6 +215,17 @@ def test_no_more_tasks_are_in_flight_than_two_a_worker() -> None:
     with connect("local", 1) as workers:
         assert workers.capacity == 2
     assert InlineWorkers().capacity == 1 and InlineWorkers().dashboard is None
+
+
+def test_a_last_heartbeat_says_nothing_and_other_errors_do(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with connect("local", 1) as workers:
+        for words in ("Failed to communicate with scheduler during heartbeat.", "disk on fire"):
+            workers.submit(logging.getLogger("distributed.worker").error, words)
+            assert workers.next_result()[1] is None
+    said = capfd.readouterr().err
+    assert "disk on fire" in said and "heartbeat" not in said
 
 
 @given(st.integers(60, 30 * 86400))
