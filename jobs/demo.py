@@ -28,6 +28,11 @@ from pipeline.store import Store
 FEW_REGIONS = 16
 MANY_PIXELS = 64 * 4096**2
 MANY_TILES = 1 << 14
+# What differs from the preset where regions are large (see `_train_arguments`).
+LARGE_REGIONS = (
+    *("A.widths=96,128", "A.autoguidance=1.5"),
+    *("B.turned=false", "B.autoguidance=2", "C.turned=false", "D.autoguidance=1.6"),
+)
 SMALL_REGION_PX, LEAST_REGION_PX, LEAST_TOKEN_PX = 1024, 256, 64
 
 
@@ -211,10 +216,11 @@ def _formats(store: Store) -> list[str]:
 
 
 def _train_arguments(options: Demo, packs: str, run: str, side_px: int) -> list[str]:
-    """Tissue of large regions keeps its directions in blocks B and C; small ones, of which there
-    is little, would be learned by heart unless they are turned.
+    """Tissue of large regions keeps its directions in blocks B and C. Large regions are few, so
+    that the one that is painted was mostly trained on: A is wide enough to know it, and A, B
+    and D are led further from their early weights. Small regions would be learned by heart.
     """
-    large = ["--set", "B.turned=false", "C.turned=false"] if side_px >= SMALL_REGION_PX else []
+    large = ["--set", *LARGE_REGIONS] if side_px >= SMALL_REGION_PX else []
     return [
         *(packs, "--run", run, "--preset", "tiny", "--max-minutes", str(options.train_minutes)),
         *("--steps", "1000000", "--batch", "8", "--warmup", "30", "--ema", "0.99"),
