@@ -22,16 +22,18 @@ from jobs.doctor.machine import DEMO_BYTES
 from jobs.stages import Progress
 from pipeline import console
 from pipeline.coordinate import Coverages
-from pipeline.regions import find_regions
+from pipeline.regions import Region, find_regions
 from pipeline.store import Store
 
 FEW_REGIONS = 16
 MANY_PIXELS = 64 * 4096**2
 MANY_TILES = 1 << 14
-# What differs from the preset where regions are large (see `_train_arguments`).
-LARGE_REGIONS = (
+# What differs from the preset where regions are large, and where they are all trained on as well
+# (see `_train_arguments`).
+LARGE_REGIONS = ("B.turned=false", "C.turned=false")
+TRAINED_ON = (
     *("A.widths=96,128", "A.autoguidance=1.5"),
-    *("B.turned=false", "B.autoguidance=2", "C.turned=false", "D.autoguidance=1.6"),
+    *("B.autoguidance=2", "D.autoguidance=1.6"),
 )
 SMALL_REGION_PX, LEAST_REGION_PX, LEAST_TOKEN_PX = 1024, 256, 64
 
@@ -125,7 +127,8 @@ def demo(options: Demo) -> int:
         "pipeline.pack",
         [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
     )
-    images, training = out / "images", _train_arguments(options, packs, run, store.spec.region)
+    images, training = out / "images", _train_arguments(options, packs, run, regions)
+    _check_same_model(progress, training)
     if not progress.is_done("jobs.train", training):
         progress.forget_after("jobs.train")
         shutil.rmtree(images, ignore_errors=True)  # painted by other weights
@@ -215,17 +218,40 @@ def _formats(store: Store) -> list[str]:
     return ["ome-tiff", "tiff"] if rgb else ["ome-tiff"]
 
 
-def _train_arguments(options: Demo, packs: str, run: str, side_px: int) -> list[str]:
-    """Tissue of large regions keeps its directions in blocks B and C. Large regions are few, so
-    that the one that is painted was mostly trained on: A is wide enough to know it, and A, B
-    and D are led further from their early weights. Small regions would be learned by heart.
+def _train_arguments(options: Demo, packs: str, run: str, regions: Sequence[Region]) -> list[str]:
+    """Tissue of large regions keeps its directions in blocks B and C; small ones, of which there
+    is little, would be learned by heart unless they are turned. Where no region is held out, the
+    one that is painted was trained on: A is wide enough to know it, and A, B and D are led further
+    from their early weights.
     """
-    large = ["--set", *LARGE_REGIONS] if side_px >= SMALL_REGION_PX else []
+    large: list[str] = []
+    if regions[0].side >= SMALL_REGION_PX:
+        known = all(region.split == "train" for region in regions)
+        large = ["--set", *LARGE_REGIONS, *(TRAINED_ON if known else ())]
     return [
         *(packs, "--run", run, "--preset", "tiny", "--max-minutes", str(options.train_minutes)),
         *("--steps", "1000000", "--batch", "8", "--warmup", "30", "--ema", "0.99"),
         *("--save-every", "2000", *large),
     ]
+
+
+def _check_same_model(progress: Progress, training: Sequence[str]) -> None:
+    """A `ValueError` where the folder's model was trained by other options than those, as an older
+    version did: jobs.train would refuse it, once the images are deleted. Minutes may differ.
+    """
+    recorded = progress.done.get("jobs.train")
+    if recorded is not None and _model(recorded["command"]) != _model(training):
+        raise ValueError(
+            f"{progress.file.parent} holds a model that was trained with other options "
+            f"({' '.join(_model(recorded['command']))}); choose another --out (make: OUT=...)"
+        )
+
+
+def _model(training: Sequence[str]) -> list[str]:
+    """What of the options of jobs.train decides on the model."""
+    options = list(training[training.index("--preset") :])
+    minutes = options.index("--max-minutes")
+    return options[:minutes] + options[minutes + 2 :]
 
 
 def _conclude(metrics: Path, report: Path) -> None:

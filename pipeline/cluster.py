@@ -150,6 +150,10 @@ def connect(
             raise ValueError(
                 f"no Dask scheduler answers at {where} ({error}); start one there"
             ) from error
+        if where == "local":
+            from pipeline.worker_log import QuietHeartbeat
+
+            client.register_plugin(QuietHeartbeat())
         if address == where and workers is not None:
             try:
                 client.wait_for_workers(workers, timeout=WORKERS_WITHIN_S)
@@ -177,7 +181,6 @@ def _unchanged_environment() -> Iterator[None]:
 
 
 def _local_cluster(workers: int | None) -> Any:
-    import dask
     from distributed import LocalCluster
 
     return LocalCluster(
@@ -185,7 +188,6 @@ def _local_cluster(workers: int | None) -> Any:
         threads_per_worker=1,
         processes=True,
         dashboard_address="127.0.0.1:0",
-        preload=[*dask.config.get("distributed.worker.preload"), "pipeline.worker_log"],
     )
 
 

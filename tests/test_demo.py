@@ -11,8 +11,9 @@ from chain import Chain
 from openslide import OpenSlide
 from processes import run, start, stop_when
 
-from jobs.demo import _footprints, _stride
+from jobs.demo import LARGE_REGIONS, TRAINED_ON, Demo, _footprints, _stride, _train_arguments
 from pipeline.phantom import draw_slide
+from pipeline.regions import Region
 from pipeline.store import Store, StoreSpec
 
 SIZE = 640
@@ -60,6 +61,11 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
     again = run("jobs.demo", command)
     assert again.count("is already done") == len(done())
     assert "python -m" not in again
+    recorded = json.loads((out / "demo.json").read_text())
+    recorded["jobs.train"]["command"] += ["--set", "A.widths=8,8"]
+    (out / "demo.json").write_text(json.dumps(recorded))
+    assert "another --out" in run("jobs.demo", command, good=(2,))
+    assert ome.is_file()
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,18 @@ def test_the_grid_of_a_demo_has_enough_regions_and_not_too_many(
     store.write_coverage("a", np.full((side // 16, side // 16), 256, np.uint16))
     store.write_image_state("a", {"state": "ok", "shape": [3, side, side]})
     assert _stride(store) == stride
+
+
+def test_models_of_large_regions_are_wide_where_they_are_all_trained_on() -> None:
+    for side, splits, said in (
+        (4096, ("train", "train"), (*LARGE_REGIONS, *TRAINED_ON)),
+        (4096, ("train", "val"), LARGE_REGIONS),
+        (512, ("train", "train"), ()),
+    ):
+        regions = [Region(k, "a", 0, 0, side, 1.0, split) for k, split in enumerate(splits)]
+        arguments = _train_arguments(Demo(), "packs", "run", regions)
+        assert tuple(arguments[arguments.index("--set") + 1 :] if said else ()) == said
+        assert said or "--set" not in arguments
 
 
 def test_small_regions_get_several_tokens(chain: Chain) -> None:

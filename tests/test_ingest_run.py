@@ -4,6 +4,7 @@ about all images at its end.
 
 import contextlib
 import errno
+import inspect
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import distributed.worker
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,6 +36,7 @@ from pipeline.plan import make_plan
 from pipeline.preview import draw_contact_sheet
 from pipeline.store import Store, StoreSpec
 from pipeline.work import finish_image, ingest_images, ingest_shard, open_template
+from pipeline.worker_log import HEARTBEAT_FAILED
 
 INLINE = ("--region", "256", "--cluster", "inline")
 
@@ -217,11 +220,12 @@ def test_no_more_tasks_are_in_flight_than_two_a_worker() -> None:
     assert InlineWorkers().capacity == 1 and InlineWorkers().dashboard is None
 
 
-def test_a_last_heartbeat_says_nothing_and_other_errors_do(
+def test_a_heartbeat_that_fails_says_nothing_and_other_errors_do(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    assert HEARTBEAT_FAILED in inspect.getsource(distributed.worker)
     with connect("local", 1) as workers:
-        for words in ("Failed to communicate with scheduler during heartbeat.", "disk on fire"):
+        for words in (f"{HEARTBEAT_FAILED}.", "disk on fire"):
             workers.submit(logging.getLogger("distributed.worker").error, words)
             assert workers.next_result()[1] is None
     said = capfd.readouterr().err
