@@ -1,6 +1,7 @@
 """What all tests share: shapes are checked at run time, draws are fixed, real data where it is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -10,6 +11,7 @@ install_import_hook(["model", "pipeline", "conditioning", "jobs", "slurm"], "bea
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from processes import none_left_running  # noqa: E402
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -23,6 +25,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("real data is not on this machine (../shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _none_left_running() -> Iterator[None]:
+    with none_left_running():
+        yield
 
 
 @pytest.fixture(scope="session")

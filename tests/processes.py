@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -22,6 +23,8 @@ sys.meta_path.insert(0, Hide())
 """
 """Code that makes Python behave as where torch is not installed."""
 
+_started: list[subprocess.Popen[str]] = []
+
 
 def start(
     module: str,
@@ -34,7 +37,7 @@ def start(
     `more` goes into its environment.
     """
     command = [sys.executable, *launcher, module, *arguments]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         env={**ENVIRONMENT, **more},
         stdout=subprocess.PIPE,
@@ -42,6 +45,22 @@ def start(
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
+
+
+@contextmanager
+def none_left_running() -> Iterator[None]:
+    """Kill what was started in this context and still runs, as after a failed assertion: it would
+    take time from the tests after it.
+    """
+    before = len(_started)
+    yield
+    for process in _started[before:]:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    del _started[before:]
 
 
 def run(

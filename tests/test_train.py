@@ -28,7 +28,7 @@ from jobs.trainer import CpuClock
 from model.cascade.objective import HELD_OUT_LOG_SNRS, BlockObjective
 from model.draw import BlockDraw, TopDraw
 from model.family import make_denoiser, make_objectives
-from pipeline.console import EXIT_PREEMPTED
+from pipeline.console import EXIT_PREEMPTED, write_json_atomic
 from pipeline.packfile import PackSet
 
 STEPS = 10  # two of every block
@@ -542,7 +542,7 @@ def test_all_ranks_of_a_superseded_run_stop_before_they_write(
     wait_for(ranks[0], lambda: state(folder).get("step", 0) != 0)
     while True:  # the old owner may be just about to write its heartbeat
         taken = {**state(folder), "owner": "elsewhere:1:0"}
-        (folder / "state.json").write_text(json.dumps(taken))
+        write_json_atomic(folder / "state.json", taken)  # the ranks read it all the time
         time.sleep(0.1)
         if state(folder) == taken:
             break
