@@ -98,7 +98,7 @@ def demo(options: Demo) -> int:
         f"demo: {', '.join(options.slides) or 'a phantom slide'} -> {out}: ingest, "
         f"pretrain, embed, pack, train for {options.train_minutes:g} minutes, paint "
         f"{options.size}x{options.size} px, evaluate, report; about "
-        f"{options.train_minutes + 7:.0f} minutes on two cores, more for large slides",
+        f"{options.train_minutes + 4:.0f} minutes on two cores, more for large slides",
         out,
         0 if "jobs.sample" in progress.done else DEMO_BYTES,
     )

@@ -49,7 +49,7 @@ class Train:
     run: Path
     """Folder of the run."""
     preset: str = "brush"
-    """Kind and size of the denoiser: the cascades brush (450M parameters), small, or tiny (two CPU
+    """Kind and size of the denoiser: the cascades brush (440M parameters), small, or tiny (two CPU
     cores); paper and paper-tiny are the papers' sparse operators, for packs of --design uniform
     --mollifier 1, infinity-diff and infinity-diff-tiny the same as an autoencoder; patch-brush and
     patch are patch diffusion, for packs of --design patch. Or a .json file of fields that differ

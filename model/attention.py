@@ -2,9 +2,10 @@
 
 A condition is a set of tokens, each an SSL embedding of a square of the image with a centre and a
 side (its footprint). One token per image would only be a bias: softmax over one key is one. With
-many, the layout can be told. Two operators read them: softmax cross-attention at the coarse
-lattice (inside the U-Net), and at finer levels a bilinear lookup of the finest token lattice at
-each cell, which modulates features (FiLM) at a cost that does not grow with their number.
+many, the layout can be told. They are read in three ways: by the papers' cross-attention operator
+(block T of a cascade, sparse points), by a bilinear lookup of the finest token lattice at each
+cell, whose cost does not grow with their number (T, A, B, C), and by softmax cross-attention
+inside the U-Nets of diffusers (patches, the lattice of sparse denoisers).
 
 Beside the lattices there may be a class label and a global vector of each image. Each becomes one
 more token without a place: attended to, and added to the looked-up lattice.

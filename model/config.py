@@ -122,7 +122,7 @@ PATCHES: dict[str, dict[str, Any]] = {
     },
 }
 """What a preset changes: `tiny`, `patch`, `paper-tiny` and `infinity-diff-tiny` train on two CPU
-cores, `brush`, `patch-brush` and `paper` have the published size of 450M parameters,
+cores, `brush`, `patch-brush` and `paper` have the published size of 450M parameters within 5 %,
 `infinity-diff` is what the papers' ancestor published.
 """
 

@@ -2,11 +2,11 @@
 
 A command is a frozen dataclass (its fields are the options, their docstrings the help) and a body.
 The dataclass's docstring is one sentence, then commands to copy, indented, then what else there is
-to know. The body returns an exit code: 0 all done, 3 finished but some inputs failed. A
-`ValueError` is the user's mistake: its sentence goes to standard error and the exit code is 2.
-Long work begins with a plan that says what disk it needs and what is free, and stops there if that
-is too little. It shows progress, and files that mark progress are replaced by rename so that a
-killed process never leaves half of one.
+to know. The body returns an exit code: 0 all done, 3 finished but some inputs failed, 75 told to
+stop and saved, to be run again. A `ValueError` is the user's mistake: its sentence goes to
+standard error and the exit code is 2. Long work begins with a plan that says what disk it needs
+and what is free, and stops there if that is too little. It shows progress, and files that mark
+progress are replaced by rename so that a killed process never leaves half of one.
 """
 
 import errno

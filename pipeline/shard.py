@@ -4,7 +4,7 @@ A shard is a file of zarr v3's sharding codec: chunks of 512², all bands in eac
 zstd one after the other, and at the end their index (offset and size of each as 64-bit integers,
 all ones for a chunk outside the image) with its CRC-32C. A shard of one chunk is that chunk alone,
 without an index. Only one chunk is in memory beside the pixels. zarr reads it back; this module
-exists since zarr spends half as much again on writing one.
+exists since zarr spends twice as much on writing one.
 """
 
 from __future__ import annotations

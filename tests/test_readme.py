@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 ELSEWHERE = {
-    "make demo": "takes 13 minutes; tests/test_demo.py runs it smaller, and kills it",
+    "make demo": "takes 10 minutes; tests/test_demo.py runs it smaller, and kills it",
     "make demo SLIDES=path/to/slide.svs OUT=out": "the same, with a slide that is not here",
     "make demo SLIDES=scan.tif SOURCE_MPP=0.25": "the same, with a slide that is not here",
     "make demo SLIDES=chips/ SIZE=2048": "the same, with a folder that is not here",

@@ -290,6 +290,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_width": 512,
     },
 }
-"""`tiny` (3.1 million parameters) trains on two CPU cores, `small` has 33, `brush` 440, as the
-published model within 5 %. The widths of the larger two follow from it and are not tried out.
+"""`tiny` (3.1 million parameters with tokens of 1,024 numbers) trains on two CPU cores, `small`
+has 33, `brush` 440, as the published model within 5 %. The widths of the larger two follow from it
+and are not tried out.
 """
