@@ -11,7 +11,6 @@ quarter of their side, since one token is no layout. An image of more than twice
 region is conditioned by many regions side by side (`conditioning.layout`).
 """
 
-import glob
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from jobs.stages import Progress
 from pipeline import console
 from pipeline.coordinate import Coverages
 from pipeline.regions import Region, find_regions
+from pipeline.sources import find_files
 from pipeline.store import Store
 
 FEW_REGIONS = 16
@@ -83,9 +83,8 @@ class Demo:
 def demo(options: Demo) -> int:
     """Run the command; returns its exit code."""
     out = options.out
-    missing = [item for item in options.slides if not glob.glob(item)]
-    if missing:
-        raise ValueError(f"there is no file, folder or match for {missing[0]!r}; check the path")
+    for item in options.slides:
+        find_files(item)
     for name in ("size", "train_minutes", "pretrain_steps", "draws", "steps"):
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -93,7 +92,7 @@ def demo(options: Demo) -> int:
                 f"--{name.replace('_', '-')} takes a positive number, not {getattr(options, name)}"
             )
     progress = Progress(out / "demo.json", "demo")
-    progress.claim("slides", sorted(options.slides))
+    progress.check_claim("slides", sorted(options.slides))
     console.say_plan(
         f"demo: {', '.join(options.slides) or 'a phantom slide'} -> {out}: ingest, "
         f"pretrain, embed, pack, train for {options.train_minutes:g} minutes, paint "
@@ -104,16 +103,22 @@ def demo(options: Demo) -> int:
     )
     if options.dry_run:
         return console.EXIT_DONE
+    progress.claim("slides", sorted(options.slides))
     slides = list(options.slides)
     if not slides:
         slides = [str(out / "phantom.tif")]
         arguments = ["slide", "--out", slides[0]]
         progress.run("pipeline.phantom", arguments)
     store_path = str(out / "dataset.zarr")
-    code = _ingest(options, progress, slides, store_path)
+    _ingest(options, progress, slides, store_path)
     encoder, packs, run = str(out / "encoder"), str(out / "packs"), str(out / "run")
     store = Store.open(Path(store_path))
     regions = store.regions()
+    if options.region is not None and all(options.region != r.index for r in regions):
+        raise ValueError(
+            f"--region {options.region} is not in the region table of {store_path}, which has "
+            f"rows 0 to {len(regions) - 1}"
+        )
     footprints = _footprints(store)
     arguments = [store_path, "--out", encoder, "--steps", str(options.pretrain_steps)]
     if footprints:
@@ -128,7 +133,7 @@ def demo(options: Demo) -> int:
         [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
     )
     images, training = out / "images", _train_arguments(options, packs, run, regions)
-    _check_same_model(progress, training)
+    progress.check("jobs.train", training)
     if not progress.is_done("jobs.train", training):
         progress.forget_after("jobs.train")
         shutil.rmtree(images, ignore_errors=True)  # painted by other weights
@@ -140,6 +145,7 @@ def demo(options: Demo) -> int:
         arguments += ["--fill", "regions"]
     if options.region is not None:
         arguments += ["--region", str(options.region)]
+    progress.check("jobs.sample", arguments)
     if progress.has_changed("jobs.sample", arguments):
         shutil.rmtree(images, ignore_errors=True)
     progress.run("jobs.sample", arguments)
@@ -148,7 +154,7 @@ def demo(options: Demo) -> int:
     progress.run("jobs.evaluate", arguments)
     progress.run("jobs.report", [str(images), "--out", str(report), "--metrics", str(metrics)])
     _conclude(metrics, report)
-    return code
+    return progress.code
 
 
 def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> int:
@@ -233,25 +239,6 @@ def _train_arguments(options: Demo, packs: str, run: str, regions: Sequence[Regi
         *("--steps", "1000000", "--batch", "8", "--warmup", "30", "--ema", "0.99"),
         *("--save-every", "2000", *large),
     ]
-
-
-def _check_same_model(progress: Progress, training: Sequence[str]) -> None:
-    """A `ValueError` where the folder's model was trained by other options than those, as an older
-    version did: jobs.train would refuse it, once the images are deleted. Minutes may differ.
-    """
-    recorded = progress.done.get("jobs.train")
-    if recorded is not None and _model(recorded["command"]) != _model(training):
-        raise ValueError(
-            f"{progress.file.parent} holds a model that was trained with other options "
-            f"({' '.join(_model(recorded['command']))}); choose another --out (make: OUT=...)"
-        )
-
-
-def _model(training: Sequence[str]) -> list[str]:
-    """What of the options of jobs.train decides on the model."""
-    options = list(training[training.index("--preset") :])
-    minutes = options.index("--max-minutes")
-    return options[:minutes] + options[minutes + 2 :]
 
 
 def _conclude(metrics: Path, report: Path) -> None:

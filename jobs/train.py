@@ -212,6 +212,8 @@ def train(options: Train) -> int:
     )
     needed_bytes = run.checkpoint_bytes(parameters)
     if options.dry_run:
+        if begun is not None:
+            run.check_same(config)
         console.say_plan(plan, options.run, needed_bytes)
         return console.EXIT_DONE
     with joined() as ranks:

@@ -340,6 +340,8 @@ class Trainer:
         if self.ranks.world > 1:
             torch.distributed.all_reduce(losses, op=torch.distributed.ReduceOp.SUM)
             losses = losses / self.ranks.world
+        if not losses.isfinite().all():
+            self._refuse_divergence(part)
         levels = getattr(part.objective, "levels", range(len(losses)))
         loss = float(losses.mean())
         line = {
@@ -356,6 +358,19 @@ class Trainer:
         for level, value in zip(levels, losses, strict=True):
             scalars[f"loss/{part.name}/level{level}"] = float(value)
         self._write(lambda: self._append(line, scalars))
+
+    def _refuse_divergence(self, part: Part) -> None:
+        """On all ranks, which have the same losses and weights; the last checkpoint is good."""
+        state = self.run.state()
+        rate = self.training.learning_rate
+        advice = f"start another --run with a --learning-rate lower than {rate:g}"
+        if state is not None and state.checkpoint is not None:
+            kept = self.run.path / "checkpoints" / state.checkpoint / "weights.safetensors"
+            advice += f", from the start or with --init-from {kept}"
+        raise ValueError(
+            f"{self.run.path} has diverged: {part.name} is no longer finite after step "
+            f"{self.step}; {advice}"
+        )
 
     def _log_held_out(self, part: Part) -> None:
         measured = part.held_out()
@@ -383,11 +398,16 @@ class Trainer:
 
     def _save(self, status: str) -> None:
         self.cpu.stop()
+        for part in self.parts:
+            if not all(p.isfinite().all() for p in part.objective.parameters()):
+                self._refuse_divergence(part)
         step, folder = self.step, self.run.checkpoint_folder(self.step)
         self._write(self.run.check_owner)
         self._agree()
         for part in self.parts:
             part.engine.save_checkpoint(str(folder / "deepspeed"), tag=part.name)
+        console.flush_tree(folder / "deepspeed")
+        self._agree()  # state.json must not name files that a crash of a node may still lose
 
         def write() -> None:
             weights = dict(self.denoiser.named_parameters())

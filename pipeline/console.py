@@ -162,6 +162,14 @@ def write_bytes_atomic(path: Path, payload: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def flush_tree(path: Path) -> None:
+    """Flush a file, or all files below a folder, to disk."""
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether what went wrong is that a disk, or what one may use of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from jobs.compare.command import held_out
 from jobs.compare.contest import read_comparison
 from jobs.compare.table import to_markdown
 from jobs.stages import Progress
+from pipeline import console
 from pipeline.regions import Region
 
 SHIPPED = Path(__file__).parent.parent / "docs" / "compare" / "two_cores.toml"
@@ -205,26 +207,50 @@ def test_held_out_regions_are_apart_not_trained_on_and_test_before_val() -> None
         held_out(regions, 6)
 
 
-def test_a_stage_that_has_changed_is_followed_by_its_own_branch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def chain_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A chain of a shared stage and two contestants' ones; which commands it ran."""
     ran: list[str] = []
-    stage = SimpleNamespace(main=lambda arguments: ran.append(arguments[0]) or 0)
-    monkeypatch.setitem(sys.modules, "a_stage", stage)
 
-    def chain(shared: str, one: str) -> list[str]:
+    def main(arguments: Sequence[str]) -> int:
+        ran.extend(arguments if arguments[1:] != ["--dry-run"] else ())
+        return {"refused": console.EXIT_USAGE, "partly": console.EXIT_PARTIAL}.get(arguments[0], 0)
+
+    monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(main=main))
+
+    def chain(shared: str, pack: str, seeds: str = "xx", code: int = 0) -> list[str]:
         ran.clear()
         progress = Progress(tmp_path / "stages.json", "test")
         progress.run("a_stage", [shared], "shared")
-        for seed in "01":
-            progress.run("a_stage", [one], f"one {seed}", "one")
-            progress.run("a_stage", ["two"], f"two {seed}", "two")
+        progress.run("a_stage", [pack], "pack one", "one")
+        for seed, one in enumerate(seeds):
+            progress.run("a_stage", [one], f"one {seed}", f"one/{seed}")
+            progress.run("a_stage", ["two"], f"two {seed}", f"two/{seed}")
+        assert progress.code == code
         return [*ran]
 
-    assert chain("s", "x") == ["s", "x", "two", "x", "two"]
-    assert chain("s", "x") == []
-    assert chain("s", "y") == ["y", "y"]
-    assert chain("t", "y") == ["t", "y", "two", "y", "two"]
+    return chain
+
+
+def test_a_stage_that_has_changed_is_followed_by_its_own_branch(
+    chain_of: Callable[..., list[str]],
+) -> None:
+    assert chain_of("s", "p") == ["s", "p", "x", "two", "x", "two"]
+    assert chain_of("s", "p") == []
+    assert chain_of("s", "p", "yx") == ["y"]
+    assert chain_of("s", "q", "yx") == ["q", "y", "x"]
+    assert chain_of("t", "q", "yx") == ["t", "q", "y", "two", "x", "two"]
+    assert chain_of("partly", "q", "yx", 3) == ["partly", "q", "y", "two", "x", "two"]
+    assert chain_of("partly", "q", "yx", 3) == []
+
+
+def test_a_changed_command_that_is_refused_loses_nothing(
+    chain_of: Callable[..., list[str]],
+) -> None:
+    chain_of("s", "p")
+    with pytest.raises(ValueError, match="shared had other options"):
+        chain_of("refused", "p")
+    assert chain_of("s", "p") == []
 
 
 @pytest.mark.timeout(600)

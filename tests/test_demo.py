@@ -25,9 +25,11 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
     draw_slide(slide, height_px=768, width_px=800, mpp=0.5, seed=1)
     command = [
         *("--slides", str(slide), "--out", str(out), "--size", str(SIZE), "--steps", "3"),
-        *("--train-minutes", "0.15", "--pretrain-steps", "3", "--draws", "12"),
+        *("--train-minutes", "0.15", "--pretrain-steps", "3"),
         *("--cluster", "inline", "--min-tissue", "0"),
     ]
+    other_draws, other_region = [*command, "--draws", "9000"], [*command, "--region", "999"]
+    command += ["--draws", "12"]
 
     def done() -> dict[str, object]:
         file = out / "demo.json"
@@ -61,9 +63,16 @@ def test_a_demo_killed_at_every_turn_still_paints(tmp_path: Path) -> None:
     again = run("jobs.demo", command)
     assert again.count("is already done") == len(done())
     assert "python -m" not in again
+    assert "was packed with" in run("jobs.demo", other_draws, good=(2,))
+    assert "--region 999" in run("jobs.demo", other_region, good=(2,))
+    assert run("jobs.demo", command).count("is already done") == len(done())
+    # An older version of the project trained another model by another command.
     recorded = json.loads((out / "demo.json").read_text())
-    recorded["jobs.train"]["command"] += ["--set", "A.widths=8,8"]
+    recorded["jobs.train"]["command"] += ["--seed", "7"]
     (out / "demo.json").write_text(json.dumps(recorded))
+    model = json.loads((out / "run" / "config.json").read_text())
+    model["config"]["training"]["seed"] = 7
+    (out / "run" / "config.json").write_text(json.dumps(model))
     assert "another --out" in run("jobs.demo", command, good=(2,))
     assert ome.is_file()
 

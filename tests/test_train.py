@@ -3,12 +3,14 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import time
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -525,6 +527,39 @@ def test_engine_state_of_another_user_is_not_loaded(
     said = capsys.readouterr().err
     assert "belongs to another user" in said and "--init-from" in said
     assert state(folder)["step"] == 8
+
+
+def test_a_run_that_diverges_stops_with_a_sentence(
+    chain: Chain,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before it saves: by its loss, or by its weights where the next loss is not known yet."""
+    arguments = train_arguments(chain, tmp_path / "loss", 50, "--optimizer", "adamw")
+    assert jobs.train.main([*arguments, "--learning-rate", "1e30", "--save-every", "1000"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"loss has diverged: . is no longer finite .* lower than 1e\+30", said)
+    assert (state(tmp_path / "loss")["status"], state(tmp_path / "loss")["checkpoint"]) == (
+        "failed",
+        None,
+    )
+    step = Part.train
+
+    def spoil(part: Part, *options: Any) -> tuple[torch.Tensor, float]:
+        found = step(part, *options)
+        if part.step == 2:
+            next(part.objective.parameters()).data.fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(Part, "train", spoil)
+    arguments = train_arguments(chain, tmp_path / "weights", 50, "--save-every", "1")
+    assert jobs.train.main(arguments) == 2
+    said = capsys.readouterr().err
+    kept = state(tmp_path / "weights")["checkpoint"]
+    assert f"--init-from {tmp_path}/weights/checkpoints/{kept}/weights.safetensors" in said
+    weights = load_file(tmp_path / "weights" / "checkpoints" / kept / "weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_all_ranks_of_a_superseded_run_stop_before_they_write(

@@ -110,6 +110,7 @@ def compare(options: Compare) -> int:
         return console.EXIT_DONE
     progress = Progress(options.out / "stages.json", "comparison")
     progress.claim("slides", sorted(slides))
+    progress.claim("cpu_minutes", comparison.cpu_minutes)
     folders = Folders(options.out)
     encoder = _prepare(comparison, slides, folders, progress)
     regions = held_out(Store.open(Path(folders.store)).regions(), comparison.images)
@@ -121,15 +122,14 @@ def compare(options: Compare) -> int:
         arguments = [folders.store, "--encoder", encoder, "--out", packs, *contestant.pack]
         progress.run("pipeline.pack", arguments, f"pack {contestant.name}", contestant.name)
     footprint = common_footprint(comparison, folders)
-    code = console.EXIT_DONE
     for number, seed in enumerate(comparison.seeds):
         for contestant in comparison.contestants:
             stages = SeedStages(comparison, contestant, seed, folders, progress)
             stages.train()
             stages.paint(regions)
-            code = max(code, stages.evaluate(footprint))
+            stages.evaluate(footprint)
         _conclude(comparison, comparison.seeds[: number + 1], folders, regions)
-    return code
+    return progress.code
 
 
 def held_out_apart(regions: Sequence[Region]) -> list[Region]:
@@ -221,8 +221,9 @@ class SeedStages:
     def _name(self, stage: str) -> str:
         return f"{stage} {self.contestant.name} seed {self.seed}"
 
-    def _run(self, module: str, arguments: Sequence[str], name: str) -> int:
-        return self.progress.run(module, arguments, name, self.contestant.name)
+    def _run(self, module: str, arguments: Sequence[str], name: str) -> None:
+        branch = f"{self.contestant.name}/seed {self.seed}"
+        self.progress.run(module, arguments, name, branch)
 
     def train(self) -> None:
         name = self._name("train")
@@ -231,6 +232,7 @@ class SeedStages:
             *("--preset", self.contestant.preset, "--seed", str(self.seed)),
             *("--max-cpu-minutes", str(self.comparison.cpu_minutes), *self.contestant.train),
         ]
+        self.progress.check(name, arguments, "jobs.train")
         if not self.progress.is_done(name, arguments, "jobs.train"):
             self.progress.forget_after(name)
             shutil.rmtree(self._place("images"), ignore_errors=True)  # by other weights
@@ -244,17 +246,18 @@ class SeedStages:
             *("--size", str(self.comparison.size), "--format", "zarr"),
             *(*self.comparison.sample, *self.contestant.sample),
         ]
+        self.progress.check(name, arguments, "jobs.sample")
         if self.progress.has_changed(name, arguments, "jobs.sample"):
             shutil.rmtree(images, ignore_errors=True)
         self._run("jobs.sample", arguments, name)
 
-    def evaluate(self, footprint_px: int) -> int:
+    def evaluate(self, footprint_px: int) -> None:
         arguments = [
             *("--real", self.folders.store, "--generated", self._place("images")),
             *("--out", self._place("metrics.json"), "--keep", self._place("crops.npz")),
             *("--footprint", str(footprint_px), *self.comparison.evaluate),
         ]
-        return self._run("jobs.evaluate", arguments, self._name("evaluate"))
+        self._run("jobs.evaluate", arguments, self._name("evaluate"))
 
 
 def _conclude(

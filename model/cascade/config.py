@@ -21,6 +21,18 @@ would load, and generate something else.
 """
 
 
+def _check_use(block: str, share: float, evaluations: int, autoguidance: float) -> None:
+    """A `ValueError` where a block would not be trained, or not be generated with."""
+    if share <= 0:
+        raise ValueError(f"block {block} needs a positive share of the training, not {share:g}")
+    if evaluations < 1:
+        raise ValueError(f"block {block} needs one evaluation or more, not {evaluations}")
+    if autoguidance < 1:
+        raise ValueError(
+            f"block {block} takes autoguidance of 1 (none) or more, not {autoguidance}"
+        )
+
+
 @dataclass(frozen=True)
 class TopConfig:
     """The top block: all cells of one level of an image at once.
@@ -59,6 +71,7 @@ class TopConfig:
             )
         if self.width % self.heads:
             raise ValueError(f"a width of {self.width} does not divide into {self.heads} heads")
+        _check_use(self.name, self.share, self.evaluations, self.autoguidance)
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,7 @@ class BlockConfig:
                 f"resolutions, the coarsest of {coarsest} cells, but a parent has {parent}; "
                 "make them equal"
             )
+        _check_use(self.name, self.share, self.evaluations, self.autoguidance)
 
     @property
     def octaves(self) -> int:

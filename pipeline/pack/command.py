@@ -43,9 +43,11 @@ def pack(options: Pack) -> int:
         options.out,
         total * len(missing) // len(plan.shards),
     )
+    _check_same(options.out, settings)
     if options.dry_run:
         return console.EXIT_DONE
-    _claim(options.out, settings)
+    if not (options.out / PLAN_NAME).is_file():
+        console.write_json_atomic(options.out / PLAN_NAME, asdict(settings))
     if (options.out / INDEX_NAME).is_file():
         console.say(f"pack: {options.out} is already done")
         return console.EXIT_DONE
@@ -59,8 +61,8 @@ def pack(options: Pack) -> int:
     return console.EXIT_DONE
 
 
-def _claim(out: Path, settings: PackSettings) -> None:
-    """Record the settings in an empty folder; refuse a folder with others."""
+def _check_same(out: Path, settings: PackSettings) -> None:
+    """A `ValueError` for a folder that was packed with other settings."""
     recorded = out / PLAN_NAME
     wanted = json.loads(json.dumps(asdict(settings)))
     if recorded.is_file():
@@ -73,8 +75,6 @@ def _claim(out: Path, settings: PackSettings) -> None:
                     f"{value!r}; "
                     "choose another --out or delete the folder"
                 )
-    else:
-        console.write_json_atomic(recorded, wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -137,12 +137,14 @@ def crop_fid(options: CropFid) -> int:
         "folders": {},
     }
     folders = {folder: find_painted(folder, store) for folder in options.generated}
+    crops_of = {f: painted_crops(items, store, limit, seed) for f, (items, _) in folders.items()}
+    for folder, crops in crops_of.items():
+        if len(crops) < 2:
+            raise ValueError(f"{folder} gives {len(crops)} crops of {CROP_PX} px; 2 are needed")
     crops, split = real_crops(store, limit, seed)
     real = crops, measure(crops, images, space, "real")
     for folder, (items, failed) in folders.items():
-        crops = painted_crops(items, store, limit, seed)
-        if len(crops) < 2:
-            raise ValueError(f"{folder} gives {len(crops)} crops of {CROP_PX} px; 2 are needed")
+        crops = crops_of[folder]
         of_items = {item.name: item.image for item in items}
         painted = crops, measure(crops, of_items, space, "painted")
         results = {f"real crops of {split}": compare(painted, real, space, seed)}
