@@ -74,6 +74,20 @@ def write_table(chain: Chain, file: Path, seeds: list[int], *stores: str) -> Pat
     return file
 
 
+IN_STUDY = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from recipe_table import Job, Study, Table
+study = Study(Table.read(Path(sys.argv[2])), Path(sys.argv[3]))
+"""
+
+
+def in_study(table: Path, out: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Code on a study, where the benchmarks' modules can be imported."""
+    command = [sys.executable, "-c", IN_STUDY + code, str(SCRIPT.parent), str(table), str(out)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def lines_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
@@ -113,14 +127,10 @@ def test_a_line_that_two_seeds_refute_is_stopped(chain: Chain, tmp_path: Path) -
     ]
     file = out / "results.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-    code += "from recipe_table import Study, Table\n"
-    code += "study = Study(Table.read(Path(sys.argv[2])), Path(sys.argv[3]))\n"
-    code += "print([study.is_refuted(variant) for variant in study.table.variants])"
-    command = [sys.executable, "-c", code, str(SCRIPT.parent), str(table), str(out)]
+    code = "print([study.is_refuted(variant) for variant in study.table.variants])"
 
     def refuted() -> str:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return in_study(table, out, code).stdout
 
     assert refuted() == "[False, True]\n"
     rows[-1]["crop_fid"] = {"value": 90.0}
@@ -128,12 +138,55 @@ def test_a_line_that_two_seeds_refute_is_stopped(chain: Chain, tmp_path: Path) -
     assert refuted() == "[False, False]\n"
 
 
+def test_what_a_job_needs_follows_from_the_table_above_it(chain: Chain, tmp_path: Path) -> None:
+    table = write_table(chain, tmp_path / "table.toml", [3, 4], "one")
+    c = '[[variants]]\nname = "C"\nblocks = ["C"]\ncpu_seconds = 1\n'
+    code = 'print({k: str(v) for k, v in study.sources(Job("C", "one", 4)).items()})'
+    below, above = (
+        table.read_text() + c,
+        table.read_text().replace("[[variants]]", f"{c}[[variants]]", 1),
+    )
+    table.write_text(below)
+    said = in_study(table, tmp_path / "out", code)
+    assert said.stdout == "{'C': 'C/one/4', 'D': 'D/one/3'}\n"
+    code_two = 'print(study.sources(Job("far from early", "one", 4))["D"])'
+    assert in_study(table, tmp_path / "out", code_two).stdout == "D/one/4\n"
+    table.write_text(above)
+    assert "no variant above it in the table" in in_study(table, tmp_path / "out", code).stderr
+    table.write_text(below)
+    said = subprocess.run(
+        [sys.executable, str(SCRIPT), str(table), "--out", str(tmp_path / "out"), "--only", "C"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 2 and "needs the run of D/one/3, which is not there" in said.stderr
+
+
+def test_a_line_of_another_definition_is_not_taken_for_this_one(
+    chain: Chain, tmp_path: Path
+) -> None:
+    table, out = write_table(chain, tmp_path / "table.toml", [0], "one"), tmp_path / "out"
+    out.mkdir()
+    code = 'import json; print(json.dumps(study.tried("far from early")))'
+    tried = json.loads(in_study(table, out, code).stdout)
+    row = {"variant": "far from early", "store": "one", "seed": 0, "tried": tried}
+    (out / "results.jsonl").write_text(f"{json.dumps(row)}\n")
+    assert in_study(table, out, "print(len(study.done()))").stdout == "1\n"
+    table.write_text(table.read_text().replace("D = 30.0", "D = 31.0"))
+    assert "give the variant another name" in in_study(table, out, "study.done()").stderr
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (('name = "far from early"', 'name = "D"'), "variants need different names, not D, D"),
-        (('against = "D"', 'colour = "D"'), "a variant has unknown keys: colour"),
-        (("packs_per_region = 1", "colour = 1"), "store chain has unknown keys: colour"),
+        (('against = "D"', 'colour = "D"'), "a variant has unknown keys ['colour']"),
+        (("packs_per_region = 1", "colour = 1"), "store chain has unknown keys ['colour']"),
+        (('against = "D"', 'against = "C"'), "the table has no variant C"),
+        (('weights = "D"', 'weights = "C"'), "and no variant above it is called that"),
+        (('against = "D"', 'stores = ["C"]'), "far from early is tried on C, which is no store"),
+        (("cpu_seconds = 1", 'cpu_seconds = "1"'), "cpu_seconds must be a number, not '1'"),
     ],
 )
 def test_a_mistake_in_a_table_is_a_sentence(

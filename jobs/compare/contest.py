@@ -80,16 +80,18 @@ def read_comparison(path: Path) -> Comparison:
     contestants = content.pop("contestants", [])
     if not isinstance(contestants, list):
         raise ValueError(f"{path}: contestants must be tables, [[contestants]]")
-    named = tuple(_read(Contestant, table, f"{path}, contestant") for table in contestants)
-    return _read(Comparison, {**content, "contestants": named}, str(path))
+    named = tuple(read_table(Contestant, table, f"{path}, contestant") for table in contestants)
+    return read_table(Comparison, {**content, "contestants": named}, str(path))
 
 
-def _read(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
+def read_table(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
+    """A TOML table as a frozen dataclass; a `ValueError` for what does not fit its fields."""
     wanted = get_type_hints(kind)
     unknown = sorted(set(content) - set(wanted))
     if unknown:
         raise ValueError(f"{where} has unknown keys {unknown}; known are {', '.join(wanted)}")
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in content]
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+    missing = [name for name in needed if name not in content]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     values = {name: _value(item, wanted[name], name, where) for name, item in content.items()}
@@ -104,6 +106,10 @@ def _value(item: Any, wanted: Any, name: str, where: str) -> Any:
         if isinstance(item, list | tuple) and all(type(one) is part for one in item):
             return tuple(item)
         raise ValueError(f"{where}: {name} must be {words}, not {item!r}")
+    if get_origin(wanted) is dict:
+        if isinstance(item, dict):
+            return item
+        raise ValueError(f"{where}: {name} must be a table, not {item!r}")
     if wanted is float and type(item) is int:
         item = float(item)
     for words, kind in {"a text": str, "a whole number": int, "a number": float}.items():

@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,21 +72,33 @@ def recipe(options: RecipeOptions) -> int:
         with study.results.open("ab", buffering=0) as file:  # one write, beside other jobs'
             file.write(f"{json.dumps(line)}\n".encode())
         return console.EXIT_DONE
-    jobs = [job for job in study.jobs() if not options.only or job.variant in options.only]
+    for name in options.only:
+        study.table.variant(name)
+    done, wanted = study.done(), options.only or [variant.name for variant in study.table.variants]
+    jobs = [job for job in study.jobs() if job.variant in wanted and job not in done]
+    needed = {job: {*study.sources(job).values()} - {job} for job in jobs}
+    for job, others in needed.items():
+        for other in others - {*jobs}:
+            if not study.is_trained(other):
+                raise ValueError(
+                    f"{job} needs the run of {other}, which is not there; add it to --only"
+                )
     for job in jobs:  # stores and packs are shared, so that they are made here
         _, config = study.config_of(study.table.variant(job.variant))
         study.packs_of(job, config)
-    failed = 0
+    running: dict[Job, Future[int]] = {}
     with ThreadPoolExecutor(options.workers) as pool:
-        for code in pool.map(lambda job: _work(study, job, options), jobs):
-            failed += code != 0
+        for job in jobs:  # what a job needs stands above it, so that it has begun before it
+            first = [running[other] for other in needed[job] if other in running]
+            running[job] = pool.submit(_work, study, job, options, first)
     console.say(to_markdown(study))
+    failed = any(future.result() for future in running.values())
     return console.EXIT_PARTIAL if failed else console.EXIT_DONE
 
 
-def _work(study: Study, job: Job, options: RecipeOptions) -> int:
-    if job in study.done():
-        return 0
+def _work(study: Study, job: Job, options: RecipeOptions, first: Sequence[Future[int]]) -> int:
+    """A job in a process of its own, once those that it needs have ended."""
+    wait(first)
     if study.is_refuted(study.table.variant(job.variant)):
         console.say(f"recipe: {job} is not done: two seeds were worse")
         return 0
@@ -119,9 +131,8 @@ def to_markdown(study: Study) -> str:
         first = found[0]
         steps = ", ".join(f"{k} {v}" for k, v in first["steps"].items())
         errors = "; ".join(f"{part} {_mean_errors(part, found)}" for part in first["errors"])
-        power = np.mean(
-            [[o["log2_ratio"] or 0.0 for o in row["octaves"]] for row in found], axis=0
-        )
+        ratios = [[o["log2_ratio"] for o in row["octaves"]] for row in found]
+        power = np.mean(np.array(ratios, float), axis=0)  # None, where there is none, is nan
         cells = [
             store,
             variant,
@@ -129,7 +140,7 @@ def to_markdown(study: Study) -> str:
             errors,
             " ".join(f"{row['crop_fid']['value']:.0f}" for row in found),
             " ".join(f"{row['kid']['value']:.3f}" for row in found),
-            " ".join(f"{value:+.2f}" for value in power),
+            " ".join("–" if np.isnan(value) else f"{value:+.2f}" for value in power),
             " ".join(
                 f"{np.mean([row['seams'][i]['generated'] for row in found]):.3f} "
                 f"({first['seams'][i]['real']:.3f})"

@@ -2,15 +2,16 @@
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.compare.contest import read_table
 from jobs.presets import read_preset
 from jobs.run import Run
 from jobs.stages import Progress
-from model.cascade.config import CascadeConfig
+from model.cascade.config import BlockConfig, CascadeConfig, TopConfig
 from pipeline import console
 
 
@@ -66,23 +67,33 @@ class Table:
 
     @classmethod
     def read(cls, file: Path) -> "Table":
+        """A `ValueError` for what does not fit, a name that nothing has included."""
         content = tomllib.loads(file.read_text())
-        stores = {k: _read(Material, v, f"store {k}") for k, v in content.pop("stores").items()}
-        variants = tuple(_read(Variant, v, "a variant") for v in content.pop("variants"))
+        named, listed = content.pop("stores", {}), content.pop("variants", [])
+        stores = {k: read_table(Material, v, f"store {k}") for k, v in named.items()}
+        variants = tuple(read_table(Variant, v, "a variant") for v in listed)
         names = [variant.name for variant in variants]
         if len({*names}) < len(names):
             raise ValueError(f"variants need different names, not {', '.join(names)}")
-        return _read(cls, {**content, "stores": stores, "variants": variants}, str(file))
+        table: Table = read_table(
+            cls, {**content, "stores": stores, "variants": variants}, str(file)
+        )
+        for place, variant in enumerate(variants):
+            table.variant(variant.against or variant.name)
+            if variant.weights is not None and variant.weights not in names[:place]:
+                raise ValueError(
+                    f"variant {variant.name} has the weights of {variant.weights}, and no variant "
+                    "above it is called that"
+                )
+            for store in {*variant.stores} - {*stores}:
+                raise ValueError(f"variant {variant.name} is tried on {store}, which is no store")
+        return table
 
     def variant(self, name: str) -> Variant:
-        return next(variant for variant in self.variants if variant.name == name)
-
-
-def _read(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
-    unknown = sorted({*content} - {f.name for f in fields(kind)})
-    if unknown:
-        raise ValueError(f"{where} has unknown keys: {', '.join(unknown)}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise ValueError(f"the table has no variant {name}")
 
 
 @dataclass(frozen=True, order=True)
@@ -114,7 +125,28 @@ class Study:
         return [json.loads(line) for line in self.results.read_text().splitlines()]
 
     def done(self) -> dict[Job, dict[str, Any]]:
-        return {Job(row["variant"], row["store"], row["seed"]): row for row in self.lines()}
+        """The lines that are there, by job; a `ValueError` where one was tried otherwise than the
+        table says now.
+        """
+        found = {}
+        for row in self.lines():
+            job = Job(row["variant"], row["store"], row["seed"])
+            known = any(variant.name == job.variant for variant in self.table.variants)
+            tried = self.tried(job.variant) if known else {}
+            if known and row.get("tried", tried) != tried:
+                raise ValueError(
+                    f"{self.results} has a line of {job} that was tried as {row['tried']}, and "
+                    f"the table has {tried}; give the variant another name"
+                )
+            found[job] = row
+        return found
+
+    def tried(self, name: str) -> dict[str, Any]:
+        """What decides on the lines of a variant, as JSON has it."""
+        said = {**asdict(self.table.variant(name)), "train_all": self.table.train}
+        for other in ("name", "stores", "seeds", "against"):
+            del said[other]
+        return dict(json.loads(json.dumps(said)))
 
     def jobs(self) -> Iterator[Job]:
         """All of them, a variant after the other."""
@@ -136,8 +168,44 @@ class Study:
                 worse[job.store] = worse.get(job.store, 0) + higher
         return any(count >= 2 for count in worse.values())
 
+    def sources(self, job: Job) -> dict[str, Job]:
+        """The jobs that train what a job generates with, by block, from its first one on: itself,
+        the one that has its weights, or of a block that it leaves as it is the first variant above
+        it that trains such a block on this store. A `ValueError` where there is none.
+        """
+        variant = self.table.variant(job.variant)
+        config = self.config_of(variant)[1]
+        own = job if variant.weights is None else replace(job, variant=variant.weights)
+        first = min(config.names.index(name) for name in variant.blocks)
+        return {
+            block.name: own if block.name in variant.blocks else self._finisher(job, block)
+            for block in config.sequence[first:]
+        }
+
+    def _finisher(self, job: Job, block: TopConfig | BlockConfig) -> Job:
+        assert isinstance(block, BlockConfig)  # it follows another one
+        for other in self.table.variants:
+            if other.name == job.variant:
+                break
+            here = job.store in (other.stores or self.table.stores)
+            if here and block.name in other.blocks and other.weights is None:
+                blocks = self.config_of(other)[1].blocks
+                if (block.name, block.parents, block.fine) in {
+                    (b.name, b.parents, b.fine) for b in blocks
+                }:
+                    return Job(other.name, job.store, (other.seeds or self.table.seeds)[0])
+        raise ValueError(
+            f"{job}: no variant above it in the table trains a block {block.name} from level "
+            f"{block.parents} to {block.fine} on this store; put one there"
+        )
+
     def run_of(self, job: Job) -> Run:
         return Run(self.out / "runs" / job.variant / f"{job.store}-{job.seed}")
+
+    def is_trained(self, job: Job) -> bool:
+        """Whether its training has ended."""
+        state = self.run_of(job).state()
+        return state is not None and state.status == "done"
 
     def store_of(self, name: str) -> tuple[Path, str]:
         """A store, embedded, and its encoder; made where it is not there."""

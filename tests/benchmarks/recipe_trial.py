@@ -1,11 +1,10 @@
 """One job of `recipe.py`: blocks are trained, regions generated with them, and both measured."""
 
-import json
 import os
 import platform
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,9 +21,8 @@ from jobs.evaluate.crops import Crop, _crops_of
 from jobs.evaluate.lite0 import load_lite0
 from jobs.evaluate.measure import Measured, measure
 from jobs.painting import Recipe, paint
-from jobs.record import commit
+from jobs.record import commit, read_metrics
 from jobs.run import Run, RunConfig
-from model.cascade.config import BlockConfig, CascadeConfig
 from model.cascade.denoiser import CascadeDenoiser
 from model.family import make_passes
 from model.generate import ArrayField, Pass
@@ -81,7 +79,7 @@ class Trial:
         code = jobs.train.main(
             [
                 *(str(packs), "--run", str(self.run.path), "--preset", self.preset),
-                *("--steps", "1000000", "--save-every", "100000", "--seed", str(self.job.seed)),
+                *("--steps", "1000000", "--save-every", "2000", "--seed", str(self.job.seed)),
                 *("--max-cpu-minutes", str(self.variant.cpu_seconds / 60)),
                 *("--blocks", *self.variant.blocks, *changes),
                 *self.study.table.train,
@@ -102,35 +100,17 @@ class Trial:
             return self.run
         return self.study.run_of(replace(self.job, variant=self.variant.weights))
 
-    def finisher(self, block: BlockConfig) -> Run:
-        """The run of the first variant that trained such a block, on this store."""
-        for other in self.study.table.variants:
-            job = Job(other.name, self.job.store, (other.seeds or self.study.table.seeds)[0])
-            run = self.study.run_of(job)
-            if block.name in other.blocks and other.weights is None and run.state() is not None:
-                config = run.config().denoiser
-                assert isinstance(config, CascadeConfig)
-                known = {b.name: (b.parents, b.fine) for b in config.blocks}
-                if known.get(block.name) == (block.parents, block.fine):
-                    return run
-        raise ValueError(
-            f"{self.job}: no variant above it in the table trains a block {block.name} from level "
-            f"{block.parents} to {block.fine}; put one there"
-        )
-
     def generators(self) -> list[Generator]:
         """Blocks from the first that this variant trained on, each with whose it is."""
         cpu, found = torch.device("cpu"), []
-        first = [name in self.variant.blocks for name in self.config.names].index(True)
-        for block in self.config.sequence[first:]:
-            run = self.trained()
-            if block.name not in self.variant.blocks:
-                assert isinstance(block, BlockConfig)
-                run = self.finisher(block)
+        for block, source in self.study.sources(self.job).items():
+            if not self.study.is_trained(source):
+                raise ValueError(f"{self.job} needs the run of {source}, which was not trained")
+            run = self.study.run_of(source)
             denoiser, early = run.load_denoiser(device=cpu), run.load_early(device=cpu)
             assert isinstance(denoiser, CascadeDenoiser)
             assert early is None or isinstance(early, CascadeDenoiser)
-            found.append(Generator(block.name, denoiser, early, run.config()))
+            found.append(Generator(block, denoiser, early, run.config()))
         return found
 
     def generate(self, region: Region, generators: Sequence[Generator]) -> np.ndarray:
@@ -211,12 +191,7 @@ class Trial:
         self.train()
         state = self.trained().state()
         assert state is not None
-        lines = (self.trained().path / "metrics.jsonl").read_text().splitlines()
-        errors = {
-            row["part"]: {k: row[k] for k in ("split", "log_snrs", "levels", "held_out")}
-            for row in map(json.loads, lines)
-            if "held_out" in row
-        }
+        errors = errors_of(read_metrics(self.trained().path))
         denoiser = self.trained().load_denoiser(device=torch.device("cpu"))
         assert isinstance(denoiser, CascadeDenoiser)
         parameters = {
@@ -225,6 +200,7 @@ class Trial:
         }
         return {
             **asdict(self.job),
+            "tried": self.study.tried(self.job.variant),
             "cpu_seconds": state.cpu_seconds,
             "steps": {name: int(steps) for name, (steps, _) in state.parts.items()},
             "parameters": parameters,
@@ -234,6 +210,21 @@ class Trial:
             "hardware": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+def errors_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By block, the held-out error of the weights that images are generated with: the least one on
+    validation regions, the last one where there are none.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for row in lines:
+        if "held_out" in row:
+            before = found.get(row["part"])
+            least = before is None or np.mean(row["held_out"]) < np.mean(before["held_out"])
+            if least or row["split"] != "val":
+                keys = ("split", "log_snrs", "levels", "held_out")
+                found[row["part"]] = {key: row[key] for key in keys}
+    return found
 
 
 def _moved(crop: Crop, regions: Sequence[Region], corners: Mapping[Any, str]) -> Crop:
