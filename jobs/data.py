@@ -26,7 +26,7 @@ from conditioning.tokens import (
     within,
 )
 from model.attention import Condition
-from model.design import CascadeDesign, PatchDesign
+from model.design import CascadeDesign, PatchDesign, rarity, window_starts
 from model.draw import BlockDraw, Draw, PatchDraw, PointDraw, TopDraw
 from pipeline.embeddings import TokenLattice
 from pipeline.packfile import (
@@ -270,17 +270,12 @@ class Batches:
     def _top_window(
         self, sample: Sample, lattice: UInt16[np.ndarray, "hl wl c"], random: np.random.Generator
     ) -> Sample:
-        """A window of a top lattice with the tokens around it. Places are drawn as if it could
-        stick out, then it is moved inside: T never meets absent cells when an image is generated.
-        What is drawn more often by this weighs less (`_rarity`).
-        """
+        """A window of a top lattice with the tokens around it."""
         side, extent = self._top_side, lattice.shape[0]
         if side == extent:
             return sample
         level = self._top_level
-        y, x = (
-            int(start) for start in random.integers(1 - side, extent, 2).clip(0, extent - side)
-        )
+        y, x = (int(start) for start in window_starts(random, side, extent, 2))
         corner_px = (y << level, x << level)
         return replace(
             sample,
@@ -288,18 +283,13 @@ class Batches:
             tokens=[around(tokens, corner_px, side << level) for tokens in sample.tokens],
         )
 
-    def _rarity(self, origin: Int64[Tensor, "b 2"]) -> Float[Tensor, "b 1 h w"]:
-        """Weights of the cells of windows of a top lattice, inverse to how often each is drawn, so
-        that all count alike: 1 on average over what is drawn. In a large lattice they are as small
-        as a quarter near a corner; in one hardly larger than a window almost 4 in the corner.
-        """
-        side, extent = self._top_side, self.packs.settings.side_px >> self._top_level
-        starts = np.ones(extent - side + 1)
-        starts[[0, -1]] += side - 1
-        often = np.convolve(starts, np.ones(side))
-        rarity = torch.from_numpy((often.mean() / often).astype(np.float32))
-        y, x = (rarity[start[:, None] + torch.arange(side)] for start in origin.unbind(1))
-        return (y[:, :, None] * x[:, None, :])[:, None]
+    def _rarity(
+        self, origin: Int64[np.ndarray, "b 2"], side: int, level: int
+    ) -> Float[Tensor, "b 1 side side"]:
+        """Weights of the cells of windows of a level, with which all cells count alike."""
+        weights = rarity(side, self.packs.settings.side_px >> level)
+        y, x = (weights[start[:, None] + np.arange(side)] for start in origin.T)
+        return torch.from_numpy(y[:, None, :, None] * x[:, None, None, :])
 
     def draw(self, drawn: Sequence[Drawn]) -> Draw:
         """Draws of one kind, standardised and collated."""
@@ -307,8 +297,9 @@ class Batches:
         if tops:
             values, present = self._standardise([d.lattice for d in tops])
             there = _channels_first(present).float()
-            origin = torch.tensor([d.origin for d in tops])
-            return TopDraw(_channels_first(values), there, there * self._rarity(origin), origin)
+            origin = np.array([d.origin for d in tops])
+            weight = there * self._rarity(origin, self._top_side, self._top_level)
+            return TopDraw(_channels_first(values), there, weight, torch.from_numpy(origin))
         windows = [d for d in drawn if isinstance(d, DrawnWindow)]
         if windows:
             return self._block_draw(windows)
@@ -326,8 +317,8 @@ class Batches:
     def _block_draw(self, windows: Sequence[DrawnWindow]) -> BlockDraw:
         values, _ = self._standardise([d.fine for d in windows])
         parents, _ = self._standardise([d.parents for d in windows])
-        weight = np.stack([d.weight for d in windows]).astype(np.float32) / PART_SCALE
-        level, (h, w) = windows[0].block.parents, weight.shape[1:]
+        valid = np.stack([d.weight for d in windows]).astype(np.float32) / PART_SCALE
+        level, (h, w) = windows[0].block.parents, valid.shape[1:]
         margin = (parents.shape[1] - h) // 2
         extent = self.packs.settings.side_px >> level
         origins = np.stack([d.origin for d in windows])
@@ -346,7 +337,7 @@ class Batches:
             _channels_first(values),
             _channels_first(parents),
             torch.from_numpy(present)[:, None],
-            torch.from_numpy(weight)[:, None],
+            torch.from_numpy(valid)[:, None] * self._rarity(origins, h, level),
             y_px,
             x_px,
         )

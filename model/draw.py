@@ -52,7 +52,7 @@ class BlockDraw:
     a margin on every side.
 
     parents_present: which lie inside the image; values outside are those of the nearest inside.
-    weight: of the inner parents, the part of their pixels that is valid. y_px, x_px: centres of
+    weight: of the inner parents in the loss, zero where no pixel is valid. y_px, x_px: centres of
     the inner parents in pixels of their image.
     """
 

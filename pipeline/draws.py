@@ -167,20 +167,13 @@ class CascadeLevels:
         corner: tuple[int, int],
         scale: int,
     ) -> bytes:
-        """Fine cells, parents with a margin, and the valid parts of the inner parents, which are 0
-        outside the region.
-        """
+        """Fine cells, parents with a margin, and the valid parts of the inner parents."""
         (y, x), (h, w), n = corner, block.shape(extent), block.octaves
         fine = self.levels.continued(block.fine, (y << n, x << n), (h << n, w << n), scale)
         around = (h + 2 * margin, w + 2 * margin)
         parents = self.levels.continued(block.parents, (y - margin, x - margin), around, scale)
-        parts = self.parts[block.parents]
-        weight = np.zeros((h, w), np.uint16)
-        top, left = max(y, 0), max(x, 0)
-        inside = parts[top : y + h, left : x + w]
-        weight[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = (
-            np.rint(inside * PART_SCALE)
-        )
+        parts = self.parts[block.parents][y : y + h, x : x + w]
+        weight = np.rint(parts * PART_SCALE).astype(np.uint16)
         return fine.tobytes() + parents.tobytes() + weight.tobytes()
 
 

@@ -54,7 +54,8 @@ class PackSettings:
     hold the lattice too. mollifier_sigma_px: of the Gaussian that smoothed the pixels before the
     draw, 0 for none. classes: the labels that training regions have, sorted; a label's number is
     its place here. blocks: (level of parents, fine level, window) of a cascade, coarse to fine; ()
-    in older packs.
+    in older packs. windows_inside: whether a cascade's windows lie inside their region; not so in
+    older packs.
     """
 
     store: str
@@ -77,6 +78,7 @@ class PackSettings:
     mollifier_sigma_px: float = 0.0
     classes: tuple[str, ...] = ()
     blocks: tuple[tuple[int, int, int], ...] = ()
+    windows_inside: bool = False
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> "PackSettings":
@@ -288,10 +290,10 @@ class PackSet:
             )
         content = json.loads(index.read_text())
         settings = PackSettings.from_json(content["settings"], str(path))
-        if settings.design == "cascade" and not settings.blocks:
+        if settings.design == "cascade" and not (settings.blocks and settings.windows_inside):
             raise ValueError(
-                f"{path} was drawn for the four blocks that cascades had before; pack again into "
-                "another folder, or delete this one"
+                f"{path} was drawn by an older version, for other blocks or with windows that "
+                "stick out of regions; pack again into another folder, or delete this one"
             )
         return cls(
             path,

@@ -43,7 +43,7 @@ def config_of(name: str) -> BlockConfig:
 def draw_of(
     name: str, batch: int = 3, origin: tuple[int, int] | None = None
 ) -> TopDraw | BlockDraw:
-    """The top lattice, or a window that the design draws: it sticks out, unless said otherwise."""
+    """The top lattice, or a window that the design draws, unless said otherwise."""
     pixels = image(batch)
     if name == "T":
         return top_draw(pixels)

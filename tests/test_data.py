@@ -14,7 +14,7 @@ from test_pack import check_window, means_of
 from conditioning.tokens import TokenScale, dihedral, fit, to_condition
 from jobs.data import MOST_FOR_ONE, Batches, Sample, turn
 from model.attention import Condition, look_up
-from model.design import CascadeDesign, Extent, WindowsBelow
+from model.design import CascadeDesign, Extent, WindowsBelow, rarity
 from model.draw import BlockDraw, PointDraw, TopDraw
 from model.points import window_lattice
 from pipeline.draws import CascadeLevels, RegionLevels, filled
@@ -340,7 +340,7 @@ def test_tokens_turn_with_the_pixels(packs: PackSet, element: int) -> None:
 
 @pytest.mark.parametrize("block", range(3))
 def test_a_batch_of_windows_holds_what_was_packed(packs: PackSet, block: int) -> None:
-    """Standardised; which parents exist, the valid part of each, and their centres in pixels."""
+    """Standardised; which parents exist, the weight of each, and their centres in pixels."""
     batches = Batches(packs, batch=2, seed=1)
     windows = [
         packs.window(packs.regions[0], draw, block, number)
@@ -355,7 +355,12 @@ def test_a_batch_of_windows_holds_what_was_packed(packs: PackSet, block: int) ->
         for values, fixed in ((draw.values, window.fine), (draw.parents, window.parents)):
             pixels = packs.statistics.to_pixels(values[i].permute(1, 2, 0).numpy())
             np.testing.assert_allclose(pixels * 256, fixed, atol=0.1)
-        np.testing.assert_allclose(draw.weight[i, 0], window.weight / PART_SCALE, atol=1e-6)
+        y, x = (
+            rarity(side, extent)[first : first + side]
+            for first, side in zip(window.origin, window.weight.shape, strict=True)
+        )
+        weight = window.weight / PART_SCALE * np.outer(y, x)
+        np.testing.assert_allclose(draw.weight[i, 0], weight, atol=1e-6)
         y, x = (
             first + np.arange(-margin, side + margin)
             for first, side in zip(window.origin, window.weight.shape, strict=True)

@@ -2,16 +2,17 @@
 values, and a pure function of its key.
 
 `cascade` draws windows of each block of octaves, whose neighbours are all there; `patch` one
-window of pixels; point designs (`uniform`, `mixed`, `sobol`) name cells one by one. Windows may
-stick out of the image and cells may be invalid: both keep their place and say that they are
-absent, so that a draw has one size and every pixel of the image is equally likely to be drawn.
+window of pixels; point designs (`uniform`, `mixed`, `sobol`) name cells one by one. Cells may be
+invalid, and those of points outside the image: both keep their place and say that they are absent,
+so that a draw has one size. Every pixel of the image is equally likely to be drawn, or weighs in
+inverse proportion.
 
 The budget counts what a draw holds: its cells, and the coarse lattice where the design draws it
 too. The lattice of a region lies in its packs once, whatever the design; a draw without it never
 reads it.
 """
 
-from model.design.cascade import CascadeDesign, WindowsBelow
+from model.design.cascade import CascadeDesign, WindowsBelow, rarity, window_starts
 from model.design.choose import make_design
 from model.design.patch import PatchDesign
 from model.design.points import EVERY_PIXEL, MixedDesign, Sampling, SobolDesign, UniformDesign
@@ -30,4 +31,6 @@ __all__ = [
     "UniformDesign",
     "WindowsBelow",
     "make_design",
+    "rarity",
+    "window_starts",
 ]

@@ -166,6 +166,7 @@ def make_plan(options: Pack) -> Plan:
         mollifier_sigma_px=options.mollifier,
         classes=tuple(sorted({labels[image] for image in trained & set(labels)})),
         blocks=tuple((b.parents, b.fine, b.window) for b in windows),
+        windows_inside=isinstance(design, CascadeDesign),
     )
     return Plan(settings, tuple(regions), fixed_bytes + packs * pack_bytes, labels)
 
