@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.doctor.machine import DEMO_BYTES
+from jobs.record import generated_by_others
 from jobs.stages import Progress
 from pipeline import console
 from pipeline.coordinate import Coverages
@@ -133,10 +134,6 @@ def demo(options: Demo) -> int:
         [store_path, "--encoder", encoder, "--out", packs, "--packs-per-region", draws],
     )
     images, training = out / "images", _train_arguments(options, packs, run, regions)
-    progress.check("jobs.train", training)
-    if not progress.is_done("jobs.train", training):
-        progress.forget_after("jobs.train")
-        shutil.rmtree(images, ignore_errors=True)  # painted by other weights
     progress.run("jobs.train", training)
     arguments = [run, "--condition", store_path, "--out", str(images), "--size", str(options.size)]
     arguments += [] if options.steps is None else ["--steps", str(options.steps)]
@@ -146,8 +143,9 @@ def demo(options: Demo) -> int:
     if options.region is not None:
         arguments += ["--region", str(options.region)]
     progress.check("jobs.sample", arguments)
-    if progress.has_changed("jobs.sample", arguments):
+    if progress.has_changed("jobs.sample", arguments) or generated_by_others(images, Path(run)):
         shutil.rmtree(images, ignore_errors=True)
+        progress.forget_after("jobs.sample")
     progress.run("jobs.sample", arguments)
     metrics, report = out / "metrics.json", out / "report"
     arguments = ["--real", store_path, "--generated", str(images), "--out", str(metrics)]
@@ -157,7 +155,7 @@ def demo(options: Demo) -> int:
     return progress.code
 
 
-def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> int:
+def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: str) -> None:
     """Ingest; where that finds few regions or too many, again on another grid: a new table."""
     more = ["--cluster", options.cluster]
     for option, value in (
@@ -169,7 +167,7 @@ def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: st
     ):
         more += [] if value is None else [option, str(value)]
     arguments = [*slides, "--out", store_path, "--region", "auto", *more]
-    code = progress.run("pipeline.ingest", arguments)
+    progress.run("pipeline.ingest", arguments)
     store = Store.open(Path(store_path))
     side, stride = store.spec.region, _stride(store)
     if side < LEAST_REGION_PX or not store.regions():
@@ -182,7 +180,6 @@ def _ingest(options: Demo, progress: Progress, slides: list[str], store_path: st
         arguments = [*slides, "--out", store_path, "--region", str(side)]
         arguments += ["--stride", str(stride), *more]
         progress.run("pipeline.ingest", arguments, "another grid")
-    return code
 
 
 def _stride(store: Store) -> int:

@@ -79,6 +79,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def generated_by_others(images: Path, run: Path) -> bool:
+    """Whether a folder holds a finished image of another checkpoint than the run's newest."""
+    state = read_state(run)
+    found = (json.loads(file.read_text())["identity"] for file in images.glob("*.json"))
+    return any(state is None or one["checkpoint"] != state.checkpoint for one in found)
+
+
 def commit() -> str:
     """The commit of the working copy that runs, or "unknown" outside one."""
     home = Path(__file__).resolve().parent.parent

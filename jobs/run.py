@@ -210,7 +210,6 @@ class Run:
         temporary = folder / f".{name}.partial"
         values = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         save_file(values, temporary, {TRAINED: " ".join(trained), FORM: str(NETWORK)})
-        console.flush_tree(temporary)
         temporary.replace(folder / f"{name}.safetensors")
 
     def read_weights(self, step: int, name: str) -> dict[str, Tensor]:

@@ -34,12 +34,12 @@ class Progress:
         arguments: Sequence[str],
         name: str | None = None,
         branch: str | None = None,
-    ) -> int:
-        """Run a command unless it is done; returns its exit code, 0 or 3.
+    ) -> None:
+        """Run a command unless it is done.
 
-        `name` tells two runs of one module apart, `branch` a part of the chain whose results no
-        other branch sees, but those that continue its name (`ours`, `ours/seed 0`). Stages are
-        imported one by one: Dask's workers import this module again, without torch.
+        `name` tells two runs of one module apart, `branch` a part of the chain whose results only
+        branches below it see (`ours/seed 0` is below `ours`). Stages are imported one by one:
+        Dask's workers import this module again, without torch.
         """
         name = name or module
         command = [module, *arguments]
@@ -47,7 +47,7 @@ class Progress:
             recorded = self.done[name]
             console.say(f"{self.prog}: {name} is already done ({recorded['seconds']:.0f} s)")
             self.code = max(self.code, recorded["code"])
-            return int(recorded["code"])
+            return
         self.check(name, arguments, module)
         console.say(f"\n$ python -m {shlex.join(command)}")
         self.forget_after(name)
@@ -64,7 +64,6 @@ class Progress:
         self.done[name] = {"command": command, "code": code, "seconds": seconds, "order": order}
         self.done[name] |= {"branch": branch} if branch else {}
         console.write_json_atomic(self.file, self.done)
-        return code
 
     def is_done(self, name: str, arguments: Sequence[str], module: str | None = None) -> bool:
         """Whether this very command has ended."""
@@ -105,8 +104,8 @@ class Progress:
             )
 
     def forget_after(self, name: str) -> None:
-        """A stage that is run again is followed by all later ones of its branch and of those that
-        continue it; one in no branch by all later ones.
+        """Forget a stage that is run again and what follows it: all later stages of its branch and
+        of those below it, or of a stage in no branch all later ones.
         """
         recorded = self.done.pop(name, None)
         if recorded is not None:

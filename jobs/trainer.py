@@ -360,7 +360,7 @@ class Trainer:
         self._write(lambda: self._append(line, scalars))
 
     def _refuse_divergence(self, part: Part) -> None:
-        """On all ranks, which have the same losses and weights; the last checkpoint is good."""
+        """On all ranks, which have the same losses and weights."""
         state = self.run.state()
         rate = self.training.learning_rate
         advice = f"start another --run with a --learning-rate lower than {rate:g}"
@@ -407,7 +407,7 @@ class Trainer:
         for part in self.parts:
             part.engine.save_checkpoint(str(folder / "deepspeed"), tag=part.name)
         console.flush_tree(folder / "deepspeed")
-        self._agree()  # state.json must not name files that a crash of a node may still lose
+        self._agree()
 
         def write() -> None:
             weights = dict(self.denoiser.named_parameters())
@@ -418,6 +418,7 @@ class Trainer:
                 part.averages.settle()
             for name, averages in self._averages().items():
                 self.run.write_weights(step, name, averages, trained)
+            console.flush_tree(folder)  # a crash of the node must not lose what state.json names
             self.run.update(
                 status=status,
                 step=step,

@@ -163,11 +163,13 @@ def write_bytes_atomic(path: Path, payload: bytes) -> None:
 
 
 def flush_tree(path: Path) -> None:
-    """Flush a file, or all files below a folder, to disk."""
-    for file in (path, *path.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+    """Flush a folder and all that is below it to disk."""
+    for item in (path, *path.rglob("*")):
+        opened = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def is_disk_full(error: BaseException) -> bool:

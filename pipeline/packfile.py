@@ -293,7 +293,8 @@ class PackSet:
         if settings.design == "cascade" and not (settings.blocks and settings.windows_inside):
             raise ValueError(
                 f"{path} was drawn by an older version, for other blocks or with windows that "
-                "stick out of regions; pack again into another folder, or delete this one"
+                "stick out of regions; pack again into another folder (a demo, a comparison: "
+                "choose another --out)"
             )
         return cls(
             path,

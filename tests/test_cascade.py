@@ -88,50 +88,27 @@ def test_a_window_is_the_crop_of_the_dense_evaluation_beyond_its_halo(
 @BLOCKS
 @pytest.mark.parametrize("log_snr", LOG_SNRS)
 @pytest.mark.parametrize("first", [True, False])
-def test_windows_that_stick_out_are_the_dense_evaluation_at_the_border(
+def test_a_window_at_the_border_is_the_dense_evaluation_there(
     name: str, log_snr: float, first: bool
 ) -> None:
-    """Cells outside hold anything: to the others they are the padding of a dense evaluation."""
+    """Up to a halo away from those of the window's borders that lie inside the image."""
     net = denoiser()
     body, tokens = body_of(net, name), tokens_of(net, name)
-    halo, n, out = body.block.halo, body.block.octaves, 4
-    inside = halo + 3
-    size = (inside + 2, inside + 1)
-    origin = (-out, -out) if first else (2, 1)
+    halo, n = body.block.halo, body.block.octaves
+    side, size = halo + 3, (halo + 5, halo + 4)
     image = image_of(body.block, size)
-    dense = window_of(image, body.block, (0, 0), size)
-    window = window_of(image, body.block, origin, (inside + out,) * 2)
-    absent = up(body.inner(window.parents_present), n) == 0
-    assert absent.any()
-    shouted = torch.where(absent, 1e3, observed_of(body, window))
-    everywhere = torch.ones_like(body.inner(dense.parents_present))
-    whole = network_of_losses(
-        body, observed_of(body, dense), dense, tokens, levels(log_snr), everywhere
+    origin = (0, 0) if first else (2, 1)
+    dense, window = (
+        window_of(image, body.block, *place) for place in (((0, 0), size), (origin, (side,) * 2))
     )
-    found = network_of_losses(body, shouted, window, tokens, levels(log_snr), window.weight)
+    whole, found = (
+        body(observed_of(body, draw), parents_of(draw), tokens, levels(log_snr))
+        for draw in (dense, window)
+    )
     assert whole.abs().max() > 0.1
-    # A halo away from the window's border that lies inside the image, and up to the image's own.
-    here = slice(out << n, (out + inside - halo) << n) if first else slice(halo << n, inside << n)
-    rows, columns = (
-        slice(0, (inside - halo) << n) if first else slice((side - 3) << n, None) for side in size
-    )
+    here = slice(0, 3 << n) if first else slice(halo << n, side << n)
+    rows, columns = (slice(0, 3 << n) if first else slice(-3 << n, None) for _ in size)
     torch.testing.assert_close(found[..., here, here], whole[..., rows, columns], **CLOSE)
-
-
-def network_of_losses(
-    body: OctaveBlock,
-    observed: Tensor,
-    draw: BlockDraw,
-    tokens: LookedUp | None,
-    log_snr: Tensor,
-    weight: Tensor,
-) -> Tensor:
-    """What the network gives to `losses`, which masks absent cells: of F, and the gains."""
-    taken: list[tuple[Tensor, Tensor]] = []
-    hook = body.net.register_forward_hook(lambda module, given, out: taken.append(out))
-    body.losses(observed, observed, parents_of(draw), tokens, log_snr, weight)
-    hook.remove()
-    return torch.cat(taken[0], dim=1)
 
 
 @pytest.mark.parametrize("name", CONFIG.names)

@@ -22,7 +22,6 @@ from model.cascade.objective import (
 from model.design import Extent
 from model.draw import BlockDraw, TopDraw
 from model.family import make_objectives
-from model.haar import up
 from model.process import precondition
 
 CLOSE = {"atol": 1e-10, "rtol": 0.0}
@@ -99,22 +98,6 @@ def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_parts(name: str) -
     together = losses(name, draw)
     assert len(together) == len(BlockObjective(denoiser(), name).levels)
     torch.testing.assert_close(together, torch.stack(alone).mean(dim=0), **CLOSE)
-
-
-@BLOCKS
-def test_what_lies_outside_the_image_is_neither_seen_nor_scored(name: str) -> None:
-    draw = draw_of(name, origin=(-1, -1))
-    assert isinstance(draw, BlockDraw)
-    n, before = config_of(name).octaves, losses(name, draw)
-    assert before.min() > 0
-    absent = up(1 - draw.weight, n) > 0
-    assert absent.any() and not absent.all()
-    values = torch.where(
-        absent, 1e3 * image()[..., : draw.values.shape[2], : draw.values.shape[3]], draw.values
-    )
-    torch.testing.assert_close(
-        losses(name, dataclasses.replace(draw, values=values)), before, **CLOSE
-    )
 
 
 def assert_scored_by_weights(name: str, draw: TopDraw | BlockDraw) -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import jobs.train
 from jobs.compare.command import held_out
 from jobs.compare.contest import read_comparison
 from jobs.compare.table import to_markdown
+from jobs.record import RunState, generated_by_others
 from jobs.stages import Progress
 from pipeline import console
 from pipeline.regions import Region
@@ -211,10 +213,15 @@ def test_held_out_regions_are_apart_not_trained_on_and_test_before_val() -> None
 def chain_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """A chain of a shared stage and two contestants' ones; which commands it ran."""
     ran: list[str] = []
+    codes = {
+        "refused": console.EXIT_USAGE,
+        "partly": console.EXIT_PARTIAL,
+        "stopped": console.EXIT_PREEMPTED,
+    }
 
     def main(arguments: Sequence[str]) -> int:
         ran.extend(arguments if arguments[1:] != ["--dry-run"] else ())
-        return {"refused": console.EXIT_USAGE, "partly": console.EXIT_PARTIAL}.get(arguments[0], 0)
+        return codes.get(arguments[0], console.EXIT_DONE)
 
     monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(main=main))
 
@@ -242,6 +249,30 @@ def test_a_stage_that_has_changed_is_followed_by_its_own_branch(
     assert chain_of("t", "q", "yx") == ["t", "q", "y", "two", "x", "two"]
     assert chain_of("partly", "q", "yx", 3) == ["partly", "q", "y", "two", "x", "two"]
     assert chain_of("partly", "q", "yx", 3) == []
+
+
+def test_a_chain_that_is_told_to_stop_goes_on_from_there(
+    chain_of: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        chain_of("s", "stopped")
+    assert stop.value.code == console.EXIT_PREEMPTED
+    assert chain_of("s", "p")[:1] == ["p"]
+
+
+@pytest.mark.parametrize("newest", ["step-2", None])
+def test_images_of_other_weights_are_told_from_those_of_the_newest(
+    tmp_path: Path, newest: str | None
+) -> None:
+    images, run = tmp_path / "images", tmp_path / "run"
+    assert not generated_by_others(images, run)
+    images.mkdir()
+    (images / "a.json").write_text(json.dumps({"identity": {"checkpoint": "step-2"}}))
+    assert generated_by_others(images, run)
+    run.mkdir()
+    state = RunState("done", 2, "", 0.0, 0.0, checkpoint=newest)
+    (run / "state.json").write_text(json.dumps(asdict(state)))
+    assert generated_by_others(images, run) == (newest is None)
 
 
 def test_a_changed_command_that_is_refused_loses_nothing(

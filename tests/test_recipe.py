@@ -121,9 +121,18 @@ def test_a_line_that_two_seeds_refute_is_stopped(chain: Chain, tmp_path: Path) -
     out.mkdir()
     known = [("D", store, seed, 100.0) for store in ("one", "two") for seed in (0, 1)]
     known += [("far from early", "one", seed, 110.0) for seed in (0, 1)]
+    asked = [(variant, store, seed) for variant, store, seed, _ in known]
+    code = f"import json; print(json.dumps([study.tried(Job(*job)) for job in {asked}]))"
+    tried = json.loads(in_study(table, out, code).stdout)
     rows = [
-        {"variant": variant, "store": store, "seed": seed, "crop_fid": {"value": value}}
-        for variant, store, seed, value in known
+        {
+            "variant": variant,
+            "store": store,
+            "seed": seed,
+            "crop_fid": {"value": value},
+            "tried": t,
+        }
+        for (variant, store, seed, value), t in zip(known, tried, strict=True)
     ]
     file = out / "results.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -168,13 +177,25 @@ def test_a_line_of_another_definition_is_not_taken_for_this_one(
 ) -> None:
     table, out = write_table(chain, tmp_path / "table.toml", [0], "one"), tmp_path / "out"
     out.mkdir()
-    code = 'import json; print(json.dumps(study.tried("far from early")))'
+    code = 'import json; print(json.dumps(study.tried(Job("far from early", "one", 0))))'
     tried = json.loads(in_study(table, out, code).stdout)
+    assert tried["sources"] == {"D": "D/one/0"}
     row = {"variant": "far from early", "store": "one", "seed": 0, "tried": tried}
     (out / "results.jsonl").write_text(f"{json.dumps(row)}\n")
     assert in_study(table, out, "print(len(study.done()))").stdout == "1\n"
     table.write_text(table.read_text().replace("D = 30.0", "D = 31.0"))
     assert "give the variant another name" in in_study(table, out, "study.done()").stderr
+
+
+def test_errors_are_of_the_weights_that_generate(chain: Chain, tmp_path: Path) -> None:
+    """The least one on validation regions, of other splits the last one."""
+    table = write_table(chain, tmp_path / "table.toml", [0], "one")
+    code = "import sys, json; from recipe_trial import errors_of\n"
+    code += "rows = [{'part': part, 'split': split, 'log_snrs': [0], 'levels': [0], "
+    code += "'held_out': [[error]]} for part, split in (('A', 'val'), ('B', 'test')) "
+    code += "for error in (0.9, 0.5, 0.7)]\n"
+    code += "print([found['held_out'] for found in errors_of([{}, *rows]).values()])"
+    assert in_study(table, tmp_path / "out", code).stdout == "[[[0.5]], [[0.7]]]\n"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +206,8 @@ def test_a_line_of_another_definition_is_not_taken_for_this_one(
         (("packs_per_region = 1", "colour = 1"), "store chain has unknown keys ['colour']"),
         (('against = "D"', 'against = "C"'), "the table has no variant C"),
         (('weights = "D"', 'weights = "C"'), "and no variant above it is called that"),
+        (("autoguidance = { D", "autoguidance = { E"), "names a block E, and has T, A, B, C, D"),
+        (('blocks = ["D"]', "blocks = []"), "variant D names no block"),
         (('against = "D"', 'stores = ["C"]'), "far from early is tried on C, which is no store"),
         (("cpu_seconds = 1", 'cpu_seconds = "1"'), "cpu_seconds must be a number, not '1'"),
     ],
@@ -195,7 +218,7 @@ def test_a_mistake_in_a_table_is_a_sentence(
     table = write_table(chain, tmp_path / "table.toml", [0], "chain")
     table.write_text(table.read_text().replace(*change))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(table), "--out", str(tmp_path / "out"), "--show"],
+        [sys.executable, str(SCRIPT), str(table), "--out", str(tmp_path / "out")],
         capture_output=True,
         text=True,
         check=False,

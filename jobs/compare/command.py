@@ -21,6 +21,7 @@ from typing import Annotated
 import tyro
 
 from jobs.compare.contest import Comparison, Contestant, read_comparison
+from jobs.record import generated_by_others
 from jobs.stages import Progress
 from pipeline import console
 from pipeline.packfile import PackSet
@@ -99,6 +100,10 @@ def compare(options: Compare) -> int:
         options.out,
         0 if begun else FREE_BYTES,
     )
+    progress = Progress(options.out / "stages.json", "comparison")
+    claims = {"slides": sorted(slides), "cpu_minutes": comparison.cpu_minutes}
+    for name, value in claims.items():
+        progress.check_claim(name, value)
     _check_machine(comparison)
     for contestant in comparison.contestants:
         console.say(
@@ -108,9 +113,8 @@ def compare(options: Compare) -> int:
         )
     if options.dry_run:
         return console.EXIT_DONE
-    progress = Progress(options.out / "stages.json", "comparison")
-    progress.claim("slides", sorted(slides))
-    progress.claim("cpu_minutes", comparison.cpu_minutes)
+    for name, value in claims.items():
+        progress.claim(name, value)
     folders = Folders(options.out)
     encoder = _prepare(comparison, slides, folders, progress)
     regions = held_out(Store.open(Path(folders.store)).regions(), comparison.images)
@@ -232,10 +236,6 @@ class SeedStages:
             *("--preset", self.contestant.preset, "--seed", str(self.seed)),
             *("--max-cpu-minutes", str(self.comparison.cpu_minutes), *self.contestant.train),
         ]
-        self.progress.check(name, arguments, "jobs.train")
-        if not self.progress.is_done(name, arguments, "jobs.train"):
-            self.progress.forget_after(name)
-            shutil.rmtree(self._place("images"), ignore_errors=True)  # by other weights
         self._run("jobs.train", arguments, name)
 
     def paint(self, regions: Sequence[Region]) -> None:
@@ -247,8 +247,10 @@ class SeedStages:
             *(*self.comparison.sample, *self.contestant.sample),
         ]
         self.progress.check(name, arguments, "jobs.sample")
-        if self.progress.has_changed(name, arguments, "jobs.sample"):
+        changed = self.progress.has_changed(name, arguments, "jobs.sample")
+        if changed or generated_by_others(Path(images), Path(self._place("run"))):
             shutil.rmtree(images, ignore_errors=True)
+            self.progress.forget_after(name)
         self._run("jobs.sample", arguments, name)
 
     def evaluate(self, footprint_px: int) -> None:

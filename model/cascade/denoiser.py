@@ -37,8 +37,8 @@ MARGIN_NATS = 6.0
 
 @dataclass(frozen=True)
 class Parents:
-    """Values of parent cells on a rectangle with a margin on every side, absent ones continued
-    from the nearest; which of them exist; and the centres in pixels of the inner ones.
+    """Values of parent cells on a rectangle of an image with a margin on every side, those outside
+    continued from the nearest; which of them exist; and the centres in pixels of the inner ones.
     """
 
     values: Float[Tensor, "b c hp wp"]
@@ -126,11 +126,11 @@ class OctaveBlock(nn.Module):
         """Mean squared error of F in every octave, coarse to fine, over the fine cells of parents,
         each with its weight.
         """
-        seen, present = _Seen(self, observed, log_snr), self.inner(parents.present)
+        seen = _Seen(self, observed, log_snr)
         out = self.correction(seen, parents, told or self.told(parents), tokens, log_snr)
         n, losses = self.block.octaves, []
         pairs = zip(details(out, n), seen.targets(truth), strict=True)
-        cells = up(weight * present, n)
+        cells = up(weight, n)
         for found, wanted in pairs:
             losses.append(((found - wanted).square().mean(dim=1, keepdim=True) * cells).mean())
         return torch.stack(losses)
@@ -157,7 +157,6 @@ class OctaveBlock(nn.Module):
         log_snr: Float[Tensor, " b"],
     ) -> Float[Tensor, "b c hk wk"]:
         """F of all octaves together."""
-        present = self.inner(parents.present)
         guess = told.means + told.smooth + seen.known
         out, gains = self.net(
             torch.cat([seen.scaled, guess, told.smooth * self.scale], dim=1),
@@ -165,7 +164,6 @@ class OctaveBlock(nn.Module):
             parents.present,
             None if tokens is None else self.looked_up(tokens, parents),
             log_snr + sum(self.offsets) / len(self.offsets),
-            None if bool(present.all()) else present,
         )
         return zero_mean(seen.weighted(gains.to(guess)) + out.to(guess), self.block.octaves)
 

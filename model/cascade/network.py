@@ -1,10 +1,10 @@
 """The network of a block: a small U-Net of dense 3x3 convolutions on coarse places.
 
 All normalisation is per place and all couplings are convolutions, so that what a place computes
-depends on a bounded neighbourhood (`config.BlockConfig.halo`). Cells that are absent, outside the
-image, are zero before every convolution, as if they were its padding. Dense convolutions of a few
-hundred channels in channels-last run at a CPU's full rate, which depthwise ones at every pixel do
-not (docs/benchmarks.md).
+depends on a bounded neighbourhood (`config.BlockConfig.halo`). Beyond a rectangle's border is the
+padding of every convolution, zero: an image's border and a training window's look alike, but for
+the parents around them. Dense convolutions of a few hundred channels in channels-last run at a
+CPU's full rate, which depthwise ones at every pixel do not (docs/benchmarks.md).
 """
 
 import itertools
@@ -67,13 +67,6 @@ def normalised(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return F.layer_norm(last, last.shape[-1:], eps=_NORM_EPS).permute(0, 3, 1, 2)
 
 
-def masked(
-    x: Float[Tensor, "b c h w"], present: Float[Tensor, "b 1 h w"] | None
-) -> Float[Tensor, "b c h w"]:
-    """Zero where a place is absent, in the precision of the features; None for none."""
-    return x if present is None else x * present.to(x.dtype)
-
-
 class ResidualBlock(nn.Module):
     """x + conv(silu(FiLM(norm(conv(silu(norm(x))))))), zero until it has learned something. Halo:
     2 places.
@@ -88,15 +81,11 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.film.bias)
 
     def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        embedding: Float[Tensor, "b e"],
-        present: Float[Tensor, "b 1 h w"] | None = None,
+        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b c h w"]:
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
         y = normalised(self.first(F.silu(normalised(x))))
-        y = self.second(masked(F.silu(y * (1 + scale) + shift), present))
-        return x + masked(y, present)
+        return x + self.second(F.silu(y * (1 + scale) + shift))
 
 
 class ContextNet(nn.Module):
@@ -164,39 +153,31 @@ class BlockNet(nn.Module):
         parents_present: Float[Tensor, "b 1 hp wp"],
         tokens: Float[Tensor, "b t h w"] | None,
         log_snr: Float[Tensor, " b"],
-        present: Float[Tensor, "b 1 h w"] | None,
     ) -> tuple[Float[Tensor, "b c hk wk"], Float[Tensor, "b g hk wk"]]:
-        """parents, parents_present: with a margin. present: of the inner parents, where any is
-        absent. Gains are those of the coarsest octave first.
+        """parents, parents_present: with a margin, which may lie outside the image. Gains are
+        those of the coarsest octave first.
         """
-        embedding = self.embedding(log_snr)
-        masks = [present]
-        for _ in self.downs:
-            finer = masks[-1]
-            masks.append(None if finer is None else F.interpolate(finer, scale_factor=2.0))
-        masks.reverse()
+        embedding, skips = self.embedding(log_snr), []
         x = F.pixel_unshuffle(seen, self.place).contiguous(memory_format=torch.channels_last)
-        x = masked(self.stem(masked(x, masks[0])), masks[0])
-        skips = []
-        for i, (stage, down) in enumerate(zip(self.encoder, self.downs, strict=True)):
-            x = _through(stage, x, embedding, masks[i])
+        x = self.stem(x)
+        for stage, down in zip(self.encoder, self.downs, strict=True):
+            x = _through(stage, x, embedding)
             skips.append(x)
-            x = masked(down(x), masks[i + 1])
+            x = down(x)
         x = x + self.context(parents, parents_present)
         if self.token is not None and tokens is not None:
             x = x + self.token(tokens)
-        x = masked(x, masks[-1])
-        x = _through(self.coarsest, x, embedding, masks[-1])
+        x = _through(self.coarsest, x, embedding)
         for i in reversed(range(len(skips))):
-            x = masked(F.pixel_shuffle(self.ups[i](x), 2), masks[i]) + skips[i]
-            x = _through(self.decoder[i], x, embedding, masks[i])
+            x = F.pixel_shuffle(self.ups[i](x), 2) + skips[i]
+            x = _through(self.decoder[i], x, embedding)
         x = F.silu(x)
         gains = F.interpolate(self.gain(x), scale_factor=float(self.place))
         return F.pixel_shuffle(self.head(x), self.place), gains
 
 
-def _through(stage: nn.Module, x: Tensor, embedding: Tensor, present: Tensor | None) -> Tensor:
+def _through(stage: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
     """The residual blocks of one resolution."""
     for block in stage.children():
-        x = block(x, embedding, present)
+        x = block(x, embedding)
     return x

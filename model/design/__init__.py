@@ -2,10 +2,10 @@
 values, and a pure function of its key.
 
 `cascade` draws windows of each block of octaves, whose neighbours are all there; `patch` one
-window of pixels; point designs (`uniform`, `mixed`, `sobol`) name cells one by one. Cells may be
-invalid, and those of points outside the image: both keep their place and say that they are absent,
-so that a draw has one size. Every pixel of the image is equally likely to be drawn, or weighs in
-inverse proportion.
+window of pixels; point designs (`uniform`, `mixed`, `sobol`) name cells one by one. A cell may be
+invalid, and a point's cell may lie outside the image: both keep their place and say that they are
+absent, so that a draw has one size. Every pixel of the image is equally likely to be drawn, or
+weighs in inverse proportion.
 
 The budget counts what a draw holds: its cells, and the coarse lattice where the design draws it
 too. The lattice of a region lies in its packs once, whatever the design; a draw without it never

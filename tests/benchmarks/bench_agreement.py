@@ -102,23 +102,23 @@ def cascade(dtype: torch.dtype, bf16: bool = False) -> dict[str, str]:
 def windows(
     body: OctaveBlock, tokens_of: LookedUp | None, u: Tensor, under: Under, whole: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x0_hat of the parent in the middle of windows that are as large as the halo, and stick out
-    of the field as in training; and what the dense evaluation has there.
+    """x0_hat of parents in windows that reach as far as the halo around them, or to the border of
+    the field; and what the dense evaluation has there.
     """
     n, halo, seen, dense = body.block.octaves, body.block.halo, [], []
     side, at = 2 * halo + 1, torch.full((1,), LOG_SNR, dtype=u.dtype)
     places = torch.randint(0, PARENTS, (16, 2), generator=torch.Generator().manual_seed(3))
-    for place in places.tolist():
-        y, x = place
-        parents = under.around(Box(body.block.parents, y - halo, x - halo, side, side), u)
-        rows, columns = (
-            (torch.arange(side << n) + ((first - halo) << n)).clamp(0, (PARENTS << n) - 1)
-            for first in place
-        )
+    for y, x in places.tolist():
+        top, left = (min(max(first - halo, 0), PARENTS - side) for first in (y, x))
+        parents = under.around(Box(body.block.parents, top, left, side, side), u)
+        rows, columns = (slice(first << n, (first + side) << n) for first in (top, left))
         base = body.base(parents)
-        x0 = body(u[:, rows][:, :, columns][None] * 2**0.5 - base, parents, tokens_of, at)
-        own = (0, slice(None), *(slice(halo << n, (halo + 1) << n),) * 2)
-        seen.append((base + x0)[own])
+        x0 = body(u[:, rows, columns][None] * 2**0.5 - base, parents, tokens_of, at)
+        inside = (
+            slice((first - start) << n, (first - start + 1) << n)
+            for first, start in ((y, top), (x, left))
+        )
+        seen.append((base + x0)[(0, slice(None), *inside)])
         dense.append(whole[:, y << n : (y + 1) << n, x << n : (x + 1) << n])
     return torch.stack(seen), torch.stack(dense)
 

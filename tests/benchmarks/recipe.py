@@ -81,7 +81,8 @@ def recipe(options: RecipeOptions) -> int:
         for other in others - {*jobs}:
             if not study.is_trained(other):
                 raise ValueError(
-                    f"{job} needs the run of {other}, which is not there; add it to --only"
+                    f"{job} needs the run of {other}, which is not there; add it to --only, or "
+                    "its store and seed to its variant"
                 )
     for job in jobs:  # stores and packs are shared, so that they are made here
         _, config = study.config_of(study.table.variant(job.variant))

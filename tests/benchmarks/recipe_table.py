@@ -67,7 +67,7 @@ class Table:
 
     @classmethod
     def read(cls, file: Path) -> "Table":
-        """A `ValueError` for what does not fit, a name that nothing has included."""
+        """A `ValueError` for what does not fit, also for a name that does not exist."""
         content = tomllib.loads(file.read_text())
         named, listed = content.pop("stores", {}), content.pop("variants", [])
         stores = {k: read_table(Material, v, f"store {k}") for k, v in named.items()}
@@ -128,12 +128,11 @@ class Study:
         """The lines that are there, by job; a `ValueError` where one was tried otherwise than the
         table says now.
         """
-        found = {}
+        found, wanted = {}, {*self.jobs()}
         for row in self.lines():
             job = Job(row["variant"], row["store"], row["seed"])
-            known = any(variant.name == job.variant for variant in self.table.variants)
-            tried = self.tried(job.variant) if known else {}
-            if known and row.get("tried", tried) != tried:
+            tried = self.tried(job) if job in wanted else row["tried"]
+            if row["tried"] != tried:
                 raise ValueError(
                     f"{self.results} has a line of {job} that was tried as {row['tried']}, and "
                     f"the table has {tried}; give the variant another name"
@@ -141,11 +140,16 @@ class Study:
             found[job] = row
         return found
 
-    def tried(self, name: str) -> dict[str, Any]:
-        """What decides on the lines of a variant, as JSON has it."""
-        said = {**asdict(self.table.variant(name)), "train_all": self.table.train}
+    def tried(self, job: Job) -> dict[str, Any]:
+        """What decides on the line of a job, as JSON has it."""
+        said = {
+            **asdict(self.table.variant(job.variant)),
+            "train_all": self.table.train,
+            "store": asdict(self.table.stores[job.store]),
+            "sources": {block: str(source) for block, source in self.sources(job).items()},
+        }
         for other in ("name", "stores", "seeds", "against"):
-            del said[other]
+            said.pop(other)
         return dict(json.loads(json.dumps(said)))
 
     def jobs(self) -> Iterator[Job]:
@@ -170,11 +174,18 @@ class Study:
 
     def sources(self, job: Job) -> dict[str, Job]:
         """The jobs that train what a job generates with, by block, from its first one on: itself,
-        the one that has its weights, or of a block that it leaves as it is the first variant above
-        it that trains such a block on this store. A `ValueError` where there is none.
+        or the variant whose weights it has, or, for a block that it does not train, the first
+        variant above it that trains such a block on this store. A `ValueError` where there is
+        none.
         """
         variant = self.table.variant(job.variant)
         config = self.config_of(variant)[1]
+        for name in (*variant.blocks, *variant.evaluations, *variant.autoguidance):
+            if name not in config.names:
+                names = ", ".join(config.names)
+                raise ValueError(f"variant {variant.name} names a block {name}, and has {names}")
+        if not variant.blocks:
+            raise ValueError(f"variant {variant.name} names no block to train or generate with")
         own = job if variant.weights is None else replace(job, variant=variant.weights)
         first = min(config.names.index(name) for name in variant.blocks)
         return {

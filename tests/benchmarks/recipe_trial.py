@@ -200,7 +200,7 @@ class Trial:
         }
         return {
             **asdict(self.job),
-            "tried": self.study.tried(self.job.variant),
+            "tried": self.study.tried(self.job),
             "cpu_seconds": state.cpu_seconds,
             "steps": {name: int(steps) for name, (steps, _) in state.parts.items()},
             "parameters": parameters,
