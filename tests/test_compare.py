@@ -270,7 +270,7 @@ def test_images_of_other_weights_are_told_from_those_of_the_newest(
     (images / "a.json").write_text(json.dumps({"identity": {"checkpoint": "step-2"}}))
     assert generated_by_others(images, run)
     run.mkdir()
-    state = RunState("done", 2, "", 0.0, 0.0, checkpoint=newest)
+    state = RunState("done", 2, "", 0.0, 0.0, newest, 0, None)
     (run / "state.json").write_text(json.dumps(asdict(state)))
     assert generated_by_others(images, run) == (newest is None)
 
